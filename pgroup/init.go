@@ -1,0 +1,66 @@
+// Package pgroup runs a command, or copies of it, so that nothing which they start
+// outlives the program that runs them. The launcher is this program; the leader
+// is its own binary started again (Init), and the parent of the workers. Each
+// holds what the other held if that is killed.
+package pgroup
+
+import (
+	"fmt"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Init has to be called first thing in main. In the leader, which is the
+// program's own binary started again, it does not return.
+func Init() {
+	if len(os.Args) > 0 && os.Args[0] == leaderName {
+		leaderMain()
+	}
+}
+
+// startLeader starts the leader process and returns our end of its socket.
+func (s *Spec) startLeader() (pid, fd int, err error) {
+	ours, theirs, err := socketPair()
+	if err != nil {
+		return 0, -1, os.NewSyscallError("socketpair", err)
+	}
+	defer unix.Close(theirs)
+	attr := &syscall.ProcAttr{
+		Env:   s.command().env,
+		Files: []uintptr{0, 1, 2, uintptr(theirs)},
+		Sys:   &syscall.SysProcAttr{Setsid: !s.TTY, Setpgid: s.TTY},
+	}
+	if s.PIDNamespace {
+		ownPIDNamespace(attr.Sys)
+	}
+	pid, err = syscall.ForkExec("/proc/self/exe", append([]string{leaderName}, s.Args...), attr)
+	if err != nil {
+		unix.Close(ours)
+		return 0, -1, s.leaderError(err)
+	}
+	return pid, ours, nil
+}
+
+func (s *Spec) leaderError(err error) error {
+	if s.PIDNamespace && err != unix.EAGAIN && err != unix.ENOMEM {
+		return fmt.Errorf("cannot make a pid namespace: %w: this needs root, or user namespaces allowed (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone); without one, use --contain tree", err)
+	}
+	return fmt.Errorf("cannot start the leader: %w", err)
+}
+
+// ownPIDNamespace makes the process the first of a new pid namespace, and of a
+// mount namespace for the /proc that fits it. An ordinary user needs a user
+// namespace for that, in which he is himself.
+func ownPIDNamespace(attr *syscall.SysProcAttr) {
+	attr.Cloneflags = unix.CLONE_NEWPID | unix.CLONE_NEWNS
+	if uid := os.Geteuid(); uid != 0 {
+		gid := os.Getegid()
+		attr.Cloneflags |= unix.CLONE_NEWUSER
+		attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: uid, HostID: uid, Size: 1}}
+		attr.GidMappings = []syscall.SysProcIDMap{{ContainerID: gid, HostID: gid, Size: 1}}
+		// To mount /proc: execve(2) takes what else an ordinary user has there.
+		attr.AmbientCaps = []uintptr{unix.CAP_SYS_ADMIN}
+	}
+}
