@@ -15,6 +15,12 @@ const (
 	EventStart    EventType = "start"    // a worker was started
 	EventFail     EventType = "fail"     // a worker could not be started
 	EventExit     EventType = "exit"     // a worker ended
+	EventReady    EventType = "ready"    // a worker became ready
+	EventMessage  EventType = "message"  // a worker sent one
+	EventChannel  EventType = "channel"  // a worker's channel was closed for what it did
+	EventListen   EventType = "listen"   // a socket was opened
+	EventScale    EventType = "scale"    // the number of workers is to be another
+	EventReload   EventType = "reload"   // the workers are to be replaced
 	EventRelay    EventType = "relay"    // a signal was received and passed on
 	EventSuspend  EventType = "suspend"  // job control stopped the run
 	EventResume   EventType = "resume"   // and continued it
@@ -31,16 +37,19 @@ const (
 type Event struct {
 	Time    time.Time
 	Type    EventType
-	Worker  int                // start, fail, exit: from 1
-	PID     int                // start, exit, adopt
+	Worker  int                // start, fail, exit, ready, message, channel: from 1; stop, escalate, sweep: 0 if of the run
+	PID     int                // start, exit, ready, adopt
+	Restart time.Duration      // fail, exit: until the next start, negative if there is none
+	Data    json.RawMessage    // message: one JSON value
+	Address string             // listen
 	Status  syscall.WaitStatus // exit
 	Signal  syscall.Signal     // relay, stop, suspend
 	As      syscall.Signal     // relay: what was sent on, 0 if nothing
 	From    int                // relay: pid of the sender, 0 if unknown
-	Reason  string             // stop: signal, timeout, hangup, leader, leftovers, request
+	Reason  string             // stop: signal, timeout, hangup, leader, leftovers, request, until, max-restarts, fail, scale, reload
 	Grace   time.Duration      // stop
-	Err     error              // fail, refuse
-	Count   int                // refuse: processes
+	Err     error              // fail, refuse, channel
+	Count   int                // refuse: processes; scale: workers
 	Killed  int                // sweep, end: processes that a sweep sent SIGKILL
 	Adopted int                // end
 	Code    int                // end: the exit status as a shell shows it
@@ -54,6 +63,16 @@ func (e Event) MarshalJSON() ([]byte, error) {
 		quoted, _ := json.Marshal(s)
 		b = fmt.Appendf(b, `,%q:%s`, name, quoted)
 	}
+	restart := func() {
+		if e.Restart >= 0 {
+			b = fmt.Appendf(b, `,"restart":%g`, e.Restart.Seconds())
+		}
+	}
+	worker := func() {
+		if e.Worker != 0 {
+			number("worker", e.Worker)
+		}
+	}
 	switch e.Type {
 	case EventStart:
 		number("worker", e.Worker)
@@ -61,6 +80,20 @@ func (e Event) MarshalJSON() ([]byte, error) {
 	case EventFail:
 		number("worker", e.Worker)
 		text("error", e.Err.Error())
+		restart()
+	case EventReady:
+		number("worker", e.Worker)
+		number("pid", e.PID)
+	case EventMessage:
+		number("worker", e.Worker)
+		b = fmt.Appendf(b, `,"data":%s`, e.Data)
+	case EventChannel:
+		number("worker", e.Worker)
+		text("error", e.Err.Error())
+	case EventListen:
+		text("address", e.Address)
+	case EventScale:
+		number("workers", e.Count)
 	case EventExit:
 		number("worker", e.Worker)
 		number("pid", e.PID)
@@ -69,6 +102,7 @@ func (e Event) MarshalJSON() ([]byte, error) {
 		} else {
 			number("status", e.Status.ExitStatus())
 		}
+		restart()
 	case EventRelay:
 		text("signal", SignalName(e.Signal))
 		if e.As != 0 {
@@ -79,13 +113,17 @@ func (e Event) MarshalJSON() ([]byte, error) {
 		}
 	case EventSuspend:
 		text("signal", SignalName(e.Signal))
+	case EventEscalate:
+		worker()
 	case EventStop:
+		worker()
 		text("reason", e.Reason)
 		text("signal", SignalName(e.Signal))
 		b = fmt.Appendf(b, `,"grace":%g`, e.Grace.Seconds())
 	case EventAdopt:
 		number("pid", e.PID)
 	case EventSweep:
+		worker()
 		number("killed", e.Killed)
 	case EventRefuse:
 		number("count", e.Count)
@@ -104,12 +142,24 @@ func (e Event) String() string {
 	case EventStart:
 		return fmt.Sprintf("worker %d started, pid %d", e.Worker, e.PID)
 	case EventFail:
-		return fmt.Sprintf("worker %d could not be started: %v", e.Worker, e.Err)
+		return fmt.Sprintf("worker %d could not be started: %v", e.Worker, e.Err) + e.restart()
 	case EventExit:
 		if e.Status.Signaled() {
-			return fmt.Sprintf("worker %d, pid %d, died of %s", e.Worker, e.PID, SignalName(e.Status.Signal()))
+			return fmt.Sprintf("worker %d, pid %d, died of %s", e.Worker, e.PID, SignalName(e.Status.Signal())) + e.restart()
 		}
-		return fmt.Sprintf("worker %d, pid %d, ended with status %d", e.Worker, e.PID, e.Status.ExitStatus())
+		return fmt.Sprintf("worker %d, pid %d, ended with status %d", e.Worker, e.PID, e.Status.ExitStatus()) + e.restart()
+	case EventReady:
+		return fmt.Sprintf("worker %d is ready", e.Worker)
+	case EventMessage:
+		return fmt.Sprintf("worker %d sent %s", e.Worker, e.Data)
+	case EventChannel:
+		return fmt.Sprintf("closed the channel of worker %d: %v", e.Worker, e.Err)
+	case EventListen:
+		return "listening on " + e.Address
+	case EventScale:
+		return fmt.Sprintf("scaling to %d workers", e.Count)
+	case EventReload:
+		return "reloading"
 	case EventRelay:
 		s := "relayed " + SignalName(e.Signal)
 		if e.As == 0 {
@@ -126,13 +176,16 @@ func (e Event) String() string {
 	case EventResume:
 		return "resumed"
 	case EventStop:
-		return fmt.Sprintf("stopping (%s) with %s, grace %v", e.Reason, SignalName(e.Signal), e.Grace)
+		return fmt.Sprintf("stopping%s (%s) with %s, grace %v", e.worker(), e.Reason, SignalName(e.Signal), e.Grace)
 	case EventEscalate:
+		if e.Worker != 0 {
+			return fmt.Sprintf("grace period over: killing the group of worker %d", e.Worker)
+		}
 		return "grace period over: killing the workers' groups"
 	case EventAdopt:
 		return fmt.Sprintf("adopted pid %d", e.PID)
 	case EventSweep:
-		return fmt.Sprintf("swept: killed %s", processes(e.Killed))
+		return fmt.Sprintf("swept%s: killed %s", e.worker(), processes(e.Killed))
 	case EventRefuse:
 		return fmt.Sprintf("cannot signal %s: %v: waiting for their end", processes(e.Count), e.Err)
 	case EventEnd:
@@ -146,4 +199,20 @@ func processes(n int) string {
 		return "1 process"
 	}
 	return fmt.Sprintf("%d processes", n)
+}
+
+// worker names the worker whose event it is, if it isn't the run's.
+func (e Event) worker() string {
+	if e.Worker == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" worker %d", e.Worker)
+}
+
+// restart says when the worker is started again, if it is.
+func (e Event) restart() string {
+	if e.Restart < 0 {
+		return ""
+	}
+	return fmt.Sprintf("; starting it again in %v", e.Restart)
 }

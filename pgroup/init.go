@@ -13,10 +13,17 @@ import (
 )
 
 // Init has to be called first thing in main. In the leader, which is the
-// program's own binary started again, it does not return.
+// program's own binary started again, it does not return, nor in what starts a
+// worker that gets sockets.
 func Init() {
-	if len(os.Args) > 0 && os.Args[0] == leaderName {
+	if len(os.Args) == 0 {
+		return
+	}
+	switch os.Args[0] {
+	case leaderName:
 		leaderMain()
+	case stubName:
+		stubMain(os.Args[1:])
 	}
 }
 
@@ -31,6 +38,15 @@ func (s *Spec) startLeader() (pid, fd int, err error) {
 		Env:   s.command().env,
 		Files: []uintptr{0, 1, 2, uintptr(theirs)},
 		Sys:   &syscall.SysProcAttr{Setsid: !s.TTY, Setpgid: s.TTY},
+	}
+	if !s.Dedicated {
+		null, err := unix.Open(os.DevNull, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			unix.Close(ours)
+			return 0, -1, &os.PathError{Op: "open", Path: os.DevNull, Err: err}
+		}
+		defer unix.Close(null)
+		attr.Files[0], attr.Files[1], attr.Files[2] = uintptr(null), uintptr(null), uintptr(null)
 	}
 	if s.PIDNamespace {
 		ownPIDNamespace(attr.Sys)

@@ -5,33 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// A state is what a worker is doing, as far as the launcher was told.
-type state string
-
-const (
-	starting  state = "starting"
-	running   state = "running"
-	suspended state = "suspended"
-	ended     state = "ended"
-)
-
-type worker struct {
-	n      int
-	state  state
-	pid    int
-	status syscall.WaitStatus // ended, if it was started
-	err    error              // ended, if it was not
-	by     syscall.Signal     // suspended
-}
-
-// The phases of a run: the workers live, then what they left behind does, then
-// nothing. In both of the first a stop is pending or not.
+// The phases of a run: the workers live, or are to be started again; then what
+// they left behind does; then nothing. In both of the first a stop is pending or
+// not.
 type phase int
 
 const (
@@ -43,24 +26,38 @@ const (
 // A Run is a started command or cluster. One goroutine owns its state.
 type Run struct {
 	spec     *Spec
+	began    time.Time
 	conn     *conn
 	inbox    *inbox
 	leader   int // pid; 0 if it is in this process
 	config   config
-	workers  []*worker
+	places   []*place
+	workers  map[int]*worker // by start, until nothing of them is left
+	starts   int             // so far
 	phase    phase
 	stopped  bool        // a stop was sent
+	halfTime time.Time   // of the grace period, when Node's workers get the stop signal
 	expired  bool        // its grace period is over
 	deadline *time.Timer // of the grace period that runs
 	timeout  *time.Timer
-	empty    bool // the leader has no child left
+	alarm    *time.Timer // for the next of the times in places and workers
+	last     bool        // the leader was told that no worker will be started
+	empty    bool        // the leader has no child left
 	adopted  int
 	killed   int
 	term     *terminal
 	hadTTY   bool
+	sockets  *sockets
+	outputs  *outputs
+	primary  *primary
+	change   *change // Scale, Restart or Reload at work
 	result   Result
+	decided  bool // the result is known, though workers live
 	failure  error
 	ctx      context.Context
+	calls    chan func() // from other goroutines, for the loop to do
+	ready    chan struct{}
+	allReady sync.Once
 	done     chan struct{}
 }
 
@@ -74,25 +71,73 @@ func Start(ctx context.Context, spec *Spec) (*Run, error) {
 	}
 	r := &Run{
 		spec:     spec,
+		began:    time.Now(),
+		workers:  make(map[int]*worker),
 		ctx:      ctx,
 		deadline: stoppedTimer(),
 		timeout:  stoppedTimer(),
+		alarm:    stoppedTimer(),
+		calls:    make(chan func()),
+		ready:    make(chan struct{}),
 		done:     make(chan struct{}),
 	}
-	for n := range spec.workers() {
-		r.workers = append(r.workers, &worker{n: n + 1, state: starting})
-	}
-	if err := r.launch(); err != nil {
+	if err := r.open(); err != nil {
 		return nil, err
 	}
-	// No worker is started a second time: there is no flag for it yet.
-	r.conn.send(message{kind: msgLast})
-	r.inbox = newInbox(r.conn)
+	if err := r.launch(); err != nil {
+		r.close()
+		return nil, err
+	}
 	if leader := r.leader; leader != 0 {
 		time.AfterFunc(leaderStopped, func() { continueLeader(leader) })
 	}
 	go r.loop()
 	return r, nil
+}
+
+// open opens what the launcher keeps for the workers.
+func (r *Run) open() (err error) {
+	s := r.spec
+	if len(s.Listen) > 0 {
+		if r.sockets, err = openSockets(s.Listen, max(1, s.Workers), s.ReusePort); err != nil {
+			return err
+		}
+	}
+	if s.Label || isWriter(s.Stdout) || isWriter(s.Stderr) {
+		stdout, stderr := s.Stdout, s.Stderr
+		if s.Label && s.Dedicated && stdout == nil {
+			stdout = os.Stdout
+		}
+		if s.Label && s.Dedicated && stderr == nil {
+			stderr = os.Stderr
+		}
+		if !s.Label && !isWriter(stdout) {
+			stdout = nil
+		}
+		if !s.Label && !isWriter(stderr) {
+			stderr = nil
+		}
+		r.outputs = newOutputs(stdout, stderr, s.Label, max(1, s.Workers))
+	}
+	if s.NodeCluster {
+		r.primary = newPrimary(os.Getenv("NODE_CLUSTER_SCHED_POLICY") != "none")
+	}
+	return nil
+}
+
+// isWriter reports whether a pipe and a goroutine have to serve w.
+func isWriter(w any) bool {
+	_, file := w.(*os.File)
+	return w != nil && !file
+}
+
+func (r *Run) close() {
+	if r.sockets != nil {
+		r.sockets.close()
+	}
+	if r.primary != nil {
+		r.primary.close()
+	}
 }
 
 // launch starts the leader, and has it start the workers.
@@ -131,8 +176,33 @@ func (r *Run) launch() (err error) {
 	if r.spec.Dedicated && r.leader != 0 {
 		os.Chdir("/") // in PID 1 the leader does, after the start
 	}
-	r.conn.send(message{kind: msgStart, worker: 1, a: int64(len(r.workers)), b: int64(len(r.workers))})
+	for _, f := range r.spec.Hold {
+		r.conn.send(message{kind: msgFile, fd: int(f.Fd())})
+	}
+	r.inbox = newInbox(r.conn)
+	if r.sockets != nil {
+		for _, address := range r.sockets.addrs() {
+			r.event(Event{Type: EventListen, Address: address})
+		}
+	}
+	for n := range max(1, r.spec.Workers) {
+		r.places = append(r.places, &place{n: n + 1})
+	}
+	for _, p := range r.places {
+		p.worker = r.start(p)
+	}
+	if r.spec.startsOnce() {
+		r.sendLast()
+	}
 	return nil
+}
+
+// sendLast tells the leader that no worker will be started any more.
+func (r *Run) sendLast() {
+	if !r.last {
+		r.last = true
+		r.conn.send(message{kind: msgLast})
+	}
 }
 
 // Wait waits until the run is over.
@@ -146,8 +216,9 @@ func (r *Run) loop() {
 	defer close(r.done)
 	for r.phase != over {
 		// Signals wait until every worker that was started is known: who sends
-		// one to a worker that says it is ready does not outrun that news.
-		signals := r.spec.Signals
+		// one to a worker that says it is ready does not outrun that news. Nor
+		// does the worker's own word.
+		signals, calls := r.spec.Signals, r.calls
 		if r.count(starting) > 0 {
 			signals = nil
 		}
@@ -163,45 +234,63 @@ func (r *Run) loop() {
 			}
 		case s := <-signals:
 			r.received(s)
+		case call := <-calls:
+			call()
 		case <-r.deadline.C:
 			r.escalate()
 		case <-r.timeout.C:
 			r.result.TimedOut = true
 			r.stop("timeout")
+		case <-r.alarm.C:
+			r.wake(time.Now())
 		case <-r.ctx.Done():
 			r.ctx = context.Background()
 			r.stop("request")
 		}
+		r.advance()
+		r.setAlarm()
+	}
+}
+
+// post has the loop do f, unless the run is over.
+func (r *Run) post(f func()) {
+	select {
+	case r.calls <- f:
+	case <-r.done:
 	}
 }
 
 // handle takes what the leader reports.
 func (r *Run) handle(m message) {
-	var w *worker
-	if n := int(m.worker); n >= 1 && n <= len(r.workers) {
-		w = r.workers[n-1]
+	w := r.workers[int(m.worker)]
+	if w == nil && m.worker != 0 {
+		return
 	}
 	switch m.kind {
 	case msgStarted:
-		w.state, w.pid, r.empty = running, int(m.a), false
+		w.state, w.pid, w.since, r.empty = running, int(m.a), time.Now(), false
 		if r.spec.Dedicated && r.count(starting) == 0 {
-			releaseStreams(r.spec.KeepStderr)
+			releaseStreams(r.spec)
 		}
-		r.event(Event{Type: EventStart, Worker: w.n, PID: w.pid})
-		if r.spec.Timeout > 0 && w.n == 1 {
+		r.event(Event{Type: EventStart, Worker: w.place.n, PID: w.pid})
+		if r.spec.Timeout > 0 && w.id == 1 {
 			r.timeout.Reset(r.spec.Timeout)
 		}
+		r.begun(w)
 	case msgFailed:
-		w.state, w.err = ended, syscall.Errno(m.a)
-		r.event(Event{Type: EventFail, Worker: w.n, Err: w.err})
+		r.notStarted(w, syscall.Errno(m.a))
 	case msgSuspended:
 		w.state, w.by = suspended, syscall.Signal(m.a)
 		r.suspend()
 	case msgResumed:
 		w.state = running
 	case msgExited:
-		w.state, w.status = ended, syscall.WaitStatus(m.a)
-		r.event(Event{Type: EventExit, Worker: w.n, PID: w.pid, Status: w.status})
+		w.status = syscall.WaitStatus(m.a)
+		delay := r.exited(w)
+		r.event(Event{Type: EventExit, Worker: w.place.n, PID: w.pid, Status: w.status, Restart: delay})
+		r.judge(w)
+	case msgCleared:
+		r.cleared(w, int(m.a))
 	case msgReceived:
 		r.received(Signal{syscall.Signal(m.a), int(m.b)})
 	case msgRefused:
@@ -214,12 +303,26 @@ func (r *Run) handle(m message) {
 		r.event(Event{Type: EventSweep, Killed: int(m.a)})
 	case msgEmpty:
 		r.empty = true
+		for _, w := range r.workers {
+			if w.state == ended {
+				r.cleared(w, 0)
+			}
+		}
 	case msgBroken:
 		r.failure = fmt.Errorf("cannot start the leader: %s: %w", stepNames[m.a], syscall.Errno(m.b))
 		if m.a == stepProc {
 			r.failure = fmt.Errorf("%w: this needs a /proc without other mounts in it; use --contain tree", r.failure)
 		}
 	}
+}
+
+// cleared forgets a worker of which nothing is left.
+func (r *Run) cleared(w *worker, n int) {
+	if n > 0 {
+		r.killed += n
+		r.event(Event{Type: EventSweep, Worker: w.place.n, Killed: n})
+	}
+	delete(r.workers, w.id)
 }
 
 // count returns how many workers are in the state s.
@@ -236,20 +339,39 @@ func (r *Run) count(s state) int {
 // releaseStreams gives up the standard streams, which are the workers' now: who
 // waits for the end of a pipe must not wait for us. Standard error is kept for
 // the run's own messages, unless it is such a pipe.
-func releaseStreams(keepStderr bool) {
+func releaseStreams(s *Spec) {
 	toNull(0)
+	if s.Label {
+		return // what the workers say goes through us
+	}
 	toNull(1)
-	if !keepStderr && isPipe(2) {
+	if !s.KeepStderr && isPipe(2) {
 		toNull(2)
 	}
 }
 
-// advance goes on to the next phase when its time has come.
+// advance does what the news of one turn allows: it stops what ended workers
+// left behind, fills places, and goes on to the next phase when its time has
+// come.
 func (r *Run) advance() {
-	if r.phase == over || r.count(ended) < len(r.workers) {
+	if r.phase == over {
 		return
 	}
-	if r.empty {
+	r.goOn()
+	idle := r.count(ended) == len(r.workers)
+	for _, p := range r.places {
+		idle = idle && p.over
+	}
+	if !idle {
+		if r.phase == working && !r.stopped {
+			for _, w := range r.workers {
+				r.stopRemains(w)
+			}
+		}
+		return
+	}
+	r.sendLast()
+	if r.empty || r.starts == 0 {
 		r.finish()
 		return
 	}
@@ -262,261 +384,64 @@ func (r *Run) advance() {
 	}
 }
 
-// target is whom a relayed signal goes to.
-func (r *Run) target() int32 {
-	switch {
-	case r.phase == leftovers:
-		return toAll
-	case r.spec.RelayToWorkers:
-		return toWorkers
+// times calls visit for each time that the run waits for, with what is due then.
+func (r *Run) times(visit func(at time.Time, due func())) {
+	if !r.halfTime.IsZero() && r.phase == working {
+		visit(r.halfTime, func() {
+			r.halfTime = time.Time{}
+			r.signal(r.target(), r.spec.stopSignal(), true)
+		})
 	}
-	return toGroups
-}
-
-func (r *Run) signal(whom int32, sig syscall.Signal, cont bool) {
-	m := message{kind: msgSignal, worker: whom, a: int64(sig)}
-	if cont {
-		m.b = 1
+	for _, p := range r.places {
+		if !p.again.IsZero() && (p.worker == nil || r.workers[p.worker.id] == nil) {
+			visit(p.again, func() { r.fill(p) })
+		}
 	}
-	r.conn.send(m)
-}
-
-// received relays a signal, and does what it means to the launcher.
-func (r *Run) received(s Signal) {
-	if s.Signal == unix.SIGCONT && s.From == r.leader && r.leader != 0 {
-		return // it has woken us for its news
-	}
-	sig, as := s.Signal, r.spec.relayed(s.Signal)
-	r.event(Event{Type: EventRelay, Signal: sig, As: as, From: s.From})
-	if as == 0 {
-		return
-	}
-	if sig == unix.SIGCONT {
-		r.resume()
-	}
-	if sig == unix.SIGTERM && r.spec.Grace <= 0 {
-		r.startGrace("signal", as)
-		return
-	}
-	r.signal(r.target(), as, sig == unix.SIGTERM)
-	switch {
-	case sig == unix.SIGTERM:
-		r.startGrace("signal", as)
-	case sig == unix.SIGHUP && r.hadTTY && !hasTerminal():
-		r.stop("hangup")
-	}
-}
-
-// stop asks the run to end: the stop signal, then the grace period.
-func (r *Run) stop(reason string) {
-	if r.spec.Grace > 0 && !r.stopped {
-		r.signal(r.target(), r.spec.stopSignal(), true)
-	}
-	r.startGrace(reason, r.spec.stopSignal())
-}
-
-// startGrace starts the grace period of a stop whose signal was sent, once.
-func (r *Run) startGrace(reason string, sig syscall.Signal) {
-	if r.stopped {
-		return
-	}
-	r.stopped = true
-	r.timeout.Stop()
-	r.event(Event{Type: EventStop, Reason: reason, Signal: sig, Grace: r.spec.Grace})
-	r.grace()
-}
-
-// stopLeftovers stops what the workers left behind, with a grace period of its
-// own. What is left of their groups has had its signal if the workers had.
-func (r *Run) stopLeftovers() {
-	whom := int32(toAll)
-	if r.stopped && !r.spec.RelayToWorkers {
-		whom = toStrays
-	}
-	r.stopped = true
-	if r.spec.Grace > 0 {
-		r.signal(whom, r.spec.stopSignal(), true)
-	}
-	r.event(Event{Type: EventStop, Reason: "leftovers", Signal: r.spec.stopSignal(), Grace: r.spec.Grace})
-	r.grace()
-}
-
-func (r *Run) grace() {
-	r.expired = false
-	if r.spec.Grace > 0 {
-		r.deadline.Reset(r.spec.Grace)
-		return
-	}
-	r.deadline.Stop()
-	r.escalate()
-}
-
-// escalate ends the grace period. The workers' groups are killed first, and
-// what they leave behind has its own time, unless there is none.
-func (r *Run) escalate() {
-	r.expired = true
-	if r.phase == leftovers {
-		r.conn.send(message{kind: msgSweep})
-		return
-	}
-	again := r.result.Escalated
-	if !again {
-		r.result.Escalated = true
-		r.event(Event{Type: EventEscalate})
-	}
-	if r.spec.Grace <= 0 || again {
-		r.conn.send(message{kind: msgSweep})
-		return
-	}
-	r.signal(toGroups, unix.SIGKILL, false)
-	r.deadline.Reset(killTime)
-}
-
-// killTime is how long a worker's group may take to die of KILL before all is
-// swept: a worker may have left its group, or a descendant trace it.
-const killTime = time.Second
-
-// suspend stops this process when all workers are stopped, as job control
-// expects of the process that the shell knows.
-func (r *Run) suspend() {
-	var by syscall.Signal
 	for _, w := range r.workers {
-		switch w.state {
-		case starting, running:
-			return
-		case suspended:
-			by = w.by
+		if !w.deadline.IsZero() {
+			visit(w.deadline, func() { r.stepOn(w, time.Now()) })
+		}
+		if !w.readyAt.IsZero() && w.lives() {
+			visit(w.readyAt, func() { r.becomeReady(w) })
 		}
 	}
-	if by == 0 || r.spec.Signals == nil {
+}
+
+// wake does what is due.
+func (r *Run) wake(now time.Time) {
+	var due []func()
+	r.times(func(at time.Time, do func()) {
+		if !at.After(now) {
+			due = append(due, do)
+		}
+	})
+	for _, do := range due {
+		do()
+	}
+}
+
+func (r *Run) setAlarm() {
+	var next time.Time
+	r.times(func(at time.Time, _ func()) {
+		if next.IsZero() || at.Before(next) {
+			next = at
+		}
+	})
+	r.alarm.Stop()
+	if !next.IsZero() {
+		r.alarm.Reset(max(0, time.Until(next)))
+	}
+}
+
+// settle notes how a worker ended that is not started again.
+func (r *Run) settle(w *worker) {
+	if r.decided || r.result.Code() != 0 {
 		return
 	}
-	// A worker may be sent STOP by anybody, and TERM has to reach it through us:
-	// we stop as well only where a shell waits for that.
-	if by == unix.SIGSTOP && r.term == nil {
-		return
+	r.result.take(w)
+	if w.err != nil && r.failure == nil {
+		r.failure = fmt.Errorf("cannot start %q: %w", r.spec.Args[0], w.err)
 	}
-	tty := r.config.flags&flagTTY != 0
-	switch {
-	case !jobControlled():
-		// Nobody would continue us, and the kernel would not have stopped a
-		// command in our place: its group were orphaned (setpgid(2)).
-		if by != unix.SIGSTOP {
-			r.signal(toGroups, unix.SIGCONT, false)
-		}
-	case tty && (by == unix.SIGTTIN || by == unix.SIGTTOU) && r.haveTerminal():
-		// The shell's fg gives the terminal to a job that runs without a word.
-		r.sendForeground(true)
-		r.signal(toGroups, unix.SIGCONT, false)
-	default:
-		r.event(Event{Type: EventSuspend, Signal: by})
-		r.sendForeground(false)
-		if tty {
-			stopGroup(by) // the terminal would have: we are not in its foreground
-		} else {
-			raise(by)
-		}
-		catch(1 << (by - 1)) // again
-	}
-}
-
-// haveTerminal reports whether the terminal is ours to give.
-func (r *Run) haveTerminal() bool {
-	if t := foregroundTerminal(r.config.flags&flagTTY != 0); t != nil {
-		if r.term == nil {
-			r.term = t
-		} else {
-			t.close()
-		}
-		return true
-	}
-	return false
-}
-
-// resume is what CONT means: the shell may have given us the terminal, or taken
-// it.
-func (r *Run) resume() {
-	r.event(Event{Type: EventResume})
-	if r.haveTerminal() {
-		r.sendForeground(true)
-	}
-}
-
-func (r *Run) sendForeground(on bool) {
-	m := message{kind: msgForeground}
-	if on {
-		m.a = 1
-	} else if r.term != nil {
-		r.term.close()
-		r.term = nil
-	}
-	r.conn.send(m)
-}
-
-// leaderGone makes the launcher what the leader was: the kernel has made it the
-// parent of all that lives.
-func (r *Run) leaderGone() {
-	status := r.awaitOrphans()
-	if r.failure == nil && r.count(ended) < len(r.workers) {
-		how := fmt.Sprintf("ended with status %d", status.ExitStatus())
-		if status.Signaled() {
-			how = "was killed by " + SignalName(status.Signal())
-		}
-		r.failure = fmt.Errorf("the leader (pid %d) %s: stopped the command", r.leader, how)
-	}
-	r.leader = 0
-	r.conn.close()
-	pids := make(map[int]int)
-	for _, w := range r.workers {
-		switch {
-		case w.state == ended:
-		case r.spec.PIDNamespace:
-			w.state, w.status = ended, syscall.WaitStatus(unix.SIGKILL) // with its PID 1
-		case w.state != starting && isChild(w.pid):
-			pids[w.n] = w.pid
-		default:
-			// It was started or reaped, and the news was lost with the leader.
-			w.state, w.err = ended, r.failure
-		}
-	}
-	cfg := r.config
-	cfg.flags &= flagToWorkers
-	c, err := localLeader(cfg, r.spec.command(), pids, true)
-	if err != nil {
-		r.lastResort()
-		return
-	}
-	r.conn, r.inbox, r.empty = c, newInbox(c), false
-	if r.expired {
-		r.escalate() // again: it may not have come to that
-	} else {
-		r.stop("leader")
-	}
-	r.advance()
-}
-
-// awaitOrphans waits until the killed leader's children are ours, which they are
-// when it is a zombie. It is reaped then, unless something traces it.
-func (r *Run) awaitOrphans() (status syscall.WaitStatus) {
-	for {
-		pid, err := syscall.Wait4(r.leader, &status, unix.WNOHANG, nil)
-		if pid > 0 || err != nil && err != unix.EINTR {
-			return status
-		}
-		if p, err := stat(r.leader); err == nil && p.state == 'Z' && p.threads <= 1 {
-			return syscall.WaitStatus(unix.SIGKILL)
-		}
-		time.Sleep(time.Millisecond)
-	}
-}
-
-// lastResort sweeps with what a launcher out of descriptors can do.
-func (r *Run) lastResort() {
-	sweep(func(int, syscall.WaitStatus) {}, func(int) {})
-	for _, w := range r.workers {
-		w.state = ended
-	}
-	r.finish()
 }
 
 // finish ends the run: the leader has nothing left, and is gone itself.
@@ -526,29 +451,46 @@ func (r *Run) finish() {
 		waitPid(r.leader)
 	}
 	r.conn.close()
-	r.result.settle(r.workers, r.failure)
-	for _, w := range r.workers {
-		if w.err != nil && r.failure == nil {
-			r.failure = fmt.Errorf("cannot start %q: %w", r.spec.Args[0], w.err)
-		}
-	}
+	r.close()
+	r.drain()
+	r.result.settle(r.failure)
 	r.leaveTerminal()
 	r.event(Event{Type: EventEnd, Code: r.result.Code(), Adopted: r.adopted, Killed: r.killed})
 }
 
-// leaveTerminal leaves the terminal as we found it. The settings that a command
-// made and then ended by itself, stty(1) say, are meant to stay.
-func (r *Run) leaveTerminal() {
-	if r.term == nil {
+// drain waits until what the workers have written has found its readers: as long
+// as it takes, as another program in the pipeline would, but no longer than
+// somebody wants us to.
+func (r *Run) drain() {
+	if r.outputs == nil {
 		return
 	}
-	if r.config.flags&flagTTY != 0 {
-		r.term.setForeground(unix.Getpgrp())
+	limit, drained := make(chan struct{}), make(chan struct{})
+	go func() {
+		r.outputs.wait(limit)
+		close(drained)
+	}()
+	late := (<-chan time.Time)(nil)
+	if r.stopped {
+		late = time.After(r.spec.Grace)
 	}
-	if r.term.inForeground() && (r.result.Signal != 0 || r.result.Escalated || r.failure != nil) {
-		r.term.restore()
+	for {
+		select {
+		case <-drained:
+			return
+		case <-late:
+		case <-r.ctx.Done():
+		case s := <-r.spec.Signals:
+			switch s.Signal {
+			case unix.SIGTERM, unix.SIGINT, unix.SIGQUIT, unix.SIGHUP, unix.SIGPIPE:
+			default:
+				continue
+			}
+		}
+		close(limit)
+		<-drained
+		return
 	}
-	r.term.close()
 }
 
 func (r *Run) event(e Event) {

@@ -4,7 +4,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
-	"strconv"
+	"strings"
 	"syscall"
 	"time"
 	"unsafe"
@@ -62,11 +62,18 @@ type leader struct {
 	conn    *conn
 	fd      int         // of conn
 	process bool        // of its own: the standard streams and signals are ours
-	workers map[int]int // number → pid
+	workers map[int]int // the living: start → pid
+	first   int         // worker 1 of the living, which may have the terminal
+	next    map[int]*provision
+	gone    map[int]*remains // ended workers, until they are cleared
 	watch   *watcher
 	signals int // self-pipe, -1 if none
+	failed  int // what stubs could not do, -1 if there were none
+	stubs   int // the end that they write
 	last    bool
 	empty   bool // and the launcher was told
+
+	stubErrors map[int]syscall.Errno // by pid
 
 	suspended map[int]bool // workers
 
@@ -105,7 +112,6 @@ func leaderMain() {
 		launcher: unix.Getppid(),
 		workers:  make(map[int]int),
 	}
-	l.groups = make(map[int]bool)
 	l.job, _ = unix.Getpgid(l.launcher)
 	l.session, _ = unix.Getsid(l.launcher)
 	if _, err := unix.GetsockoptInt(leaderConn, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {
@@ -129,10 +135,6 @@ func localLeader(cfg config, cmd command, workers map[int]int, last bool) (*conn
 		fd:      theirs,
 		workers: workers,
 		last:    last,
-	}
-	l.groups = make(map[int]bool)
-	for _, pid := range workers {
-		l.groups[pid] = true
 	}
 	go func() {
 		if l.begin() {
@@ -171,7 +173,12 @@ func (l *leader) begin() bool {
 		return broken(stepEventFD, err)
 	}
 	l.known, l.suspended = make(map[int]bool), make(map[int]bool)
-	l.signals = -1
+	l.next, l.gone = make(map[int]*provision), make(map[int]*remains)
+	l.groups = make(map[int]bool)
+	for _, pid := range l.workers {
+		l.groups[pid] = true
+	}
+	l.signals, l.failed, l.stubErrors = -1, -1, make(map[int]syscall.Errno)
 	if l.process || l.flags&flagTTY != 0 {
 		l.term = openTerminal(l.flags&flagTTY != 0)
 	}
@@ -194,7 +201,7 @@ func (l *leader) run() {
 			fds[1] = unix.PollFd{Fd: int32(l.watch.fd), Events: unix.POLLIN}
 			fds[2] = unix.PollFd{Fd: int32(l.signals), Events: unix.POLLIN}
 		}
-		if err := poll(fds, l.deadline); err != nil {
+		if err := poll(fds, l.wakeUp()); err != nil {
 			return // cannot be: the launcher sees end of file and takes over
 		}
 		if fds[1].Revents != 0 {
@@ -207,6 +214,7 @@ func (l *leader) run() {
 		if fds[0].Revents != 0 && !l.receive() {
 			return
 		}
+		l.clear()
 		if l.alone {
 			l.guardOn()
 		}
@@ -228,6 +236,7 @@ func (l *leader) flush() {
 // receive does what the launcher says; false is the end.
 func (l *leader) receive() bool {
 	msgs, err := l.conn.receive()
+	started := false
 	for _, m := range msgs {
 		switch m.kind {
 		case msgConfig:
@@ -237,13 +246,14 @@ func (l *leader) receive() bool {
 			}
 		case msgCommand:
 			l.args = os.Args[m.a:]
+		case msgFile:
+			l.provision(int(m.worker)).add(int(m.a), m.fd)
+		case msgEnv:
+			p := l.provision(int(m.worker))
+			p.env = strings.Split(strings.TrimSuffix(m.text, "\x00"), "\x00")
 		case msgStart:
-			l.env = setEnv(l.env, workersVar, strconv.FormatInt(m.b, 10))
-			for n := range int(m.a) {
-				l.start(int(m.worker) + n)
-			}
-			l.leaveDir()
-			l.catchSignals()
+			l.start(int(m.worker), int(m.a), int(m.b))
+			started = true
 		case msgLast:
 			l.last = true
 			if l.process {
@@ -252,14 +262,25 @@ func (l *leader) receive() bool {
 				}
 			}
 		case msgSignal:
-			l.signal(int(m.worker), syscall.Signal(m.a))
-			if m.b != 0 { // a stopped process can't act on what it was sent
-				l.signal(int(m.worker), unix.SIGCONT)
+			whom, cont := parseWhom(m.b)
+			l.signal(int(m.worker), whom, syscall.Signal(m.a))
+			if cont { // a stopped process can't act on what it was sent
+				l.signal(int(m.worker), whom, unix.SIGCONT)
 			}
 		case msgForeground:
 			l.foreground(m.a != 0)
+		case msgClear:
+			if r, ok := l.gone[int(m.worker)]; ok {
+				r.kill = true
+			}
 		case msgSweep:
 			l.sweep()
+		}
+	}
+	if started {
+		l.catchSignals()
+		if !l.conn.pending() { // more starts
+			l.leaveDir()
 		}
 	}
 	if err != nil {
@@ -272,8 +293,9 @@ func (l *leader) receive() bool {
 	return true
 }
 
-// signal sends sig to whom the launcher means.
-func (l *leader) signal(whom int, sig syscall.Signal) {
+// signal sends sig to whom the launcher means: of the one worker, or of all if
+// that is 0.
+func (l *leader) signal(worker, whom int, sig syscall.Signal) {
 	refused, why := 0, error(nil)
 	send := func(err error) {
 		// ESRCH: it has ended, and the news is on its way.
@@ -282,8 +304,11 @@ func (l *leader) signal(whom int, sig syscall.Signal) {
 		}
 	}
 	live := make(map[int]bool)
-	for _, pid := range l.workers {
+	for id, pid := range l.workers {
 		live[pid] = true
+		if worker != 0 && worker != id {
+			continue
+		}
 		switch whom {
 		case toGroups:
 			// One kill for the whole group: nothing forks past it.
@@ -297,8 +322,15 @@ func (l *leader) signal(whom int, sig syscall.Signal) {
 	}
 	// The number of an ended worker may be another group's by now, unless a
 	// descendant is in it.
-	if whom == toStrays || whom == toAll || whom == toGroups && len(l.groups) > len(live) {
-		walkAll(func(p process, late bool) {
+	switch {
+	case whom == toRemains:
+		l.walkRemains(worker, func(p process, late bool) {
+			if !late {
+				send(p.signal(sig))
+			}
+		})
+	case whom == toStrays || whom == toAll || whom == toGroups && worker == 0 && len(l.groups) > len(live):
+		walkAll(nil, func(p process, late bool) {
 			ours := l.groups[p.pgid]
 			if late {
 				return // started by one that has the signal, to act on it
@@ -336,12 +368,7 @@ func (l *leader) reap() {
 
 // news reports what wait4 said of pid, and whether it was a worker's end.
 func (l *leader) news(pid int, status syscall.WaitStatus) bool {
-	worker := 0
-	for n, p := range l.workers {
-		if p == pid {
-			worker = n
-		}
-	}
+	worker := l.worker(pid)
 	switch {
 	case worker == 0 && (status.Exited() || status.Signaled()):
 		l.adopt(pid)
@@ -356,10 +383,25 @@ func (l *leader) news(pid int, status syscall.WaitStatus) bool {
 	default:
 		l.wakeLauncher(worker)
 		delete(l.workers, worker)
-		l.report(msgExited, worker, int64(status), 0)
+		l.gone[worker] = &remains{pgid: pid, killed: make(map[int]bool)}
+		if errno := l.stubFailed(pid); errno != 0 {
+			l.report(msgFailed, worker, int64(errno), 0)
+		} else {
+			l.report(msgExited, worker, int64(status), 0)
+		}
 		return true
 	}
 	return false
+}
+
+// worker returns the start whose process pid is, 0 if none's.
+func (l *leader) worker(pid int) int {
+	for id, p := range l.workers {
+		if p == pid {
+			return id
+		}
+	}
+	return 0
 }
 
 // wakeLauncher continues a launcher that has stopped because its workers have,
@@ -386,10 +428,7 @@ func (l *leader) adopt(pid int) {
 // noticeAdopted tells of the orphans that a worker's end may have brought. The
 // kernel has no news of an adoption: others are noticed when they end.
 func (l *leader) noticeAdopted() {
-	started := make(map[int]bool)
-	for _, pid := range l.workers {
-		started[pid] = true
-	}
+	started := l.living()
 	for _, pid := range children(unix.Getpid(), 0) {
 		if !started[pid] {
 			l.adopt(pid)
@@ -404,6 +443,8 @@ func (l *leader) setEmpty() {
 		if l.alone {
 			l.restoreTerminal()
 		}
+		clear(l.gone)
+		clear(l.groups)
 	}
 }
 
@@ -432,8 +473,18 @@ func (l *leader) guard() {
 	}
 }
 
+// wakeUp is when the leader has to look by itself.
+func (l *leader) wakeUp() time.Time {
+	for _, r := range l.gone {
+		if soon := time.Now().Add(sweepPause); r.kill && (l.deadline.IsZero() || soon.Before(l.deadline)) {
+			return soon
+		}
+	}
+	return l.deadline
+}
+
 // stop sends the stop signal and starts the grace period.
-func (l *leader) stop(whom ...int) {
+func (l *leader) stop(whom int) {
 	if l.empty {
 		return
 	}
@@ -441,10 +492,8 @@ func (l *leader) stop(whom ...int) {
 		l.sweep()
 		return
 	}
-	for _, w := range whom {
-		l.signal(w, l.stopSignal)
-		l.signal(w, unix.SIGCONT)
-	}
+	l.signal(0, whom, l.stopSignal)
+	l.signal(0, whom, unix.SIGCONT)
 	l.deadline = time.Now().Add(l.grace)
 }
 
@@ -468,7 +517,7 @@ func (l *leader) guardOn() {
 	case over:
 		l.killing = true
 		l.deadline = time.Now().Add(killTime)
-		l.signal(toGroups, unix.SIGKILL)
+		l.signal(0, toGroups, unix.SIGKILL)
 	}
 }
 
@@ -478,7 +527,7 @@ func (l *leader) foreground(on bool) {
 	l.flags &^= flagForeground
 	if on {
 		l.flags |= flagForeground
-		if pid, ok := l.workers[1]; ok && l.flags&flagTTY != 0 && l.term != nil {
+		if pid, ok := l.workers[l.first]; ok && l.flags&flagTTY != 0 && l.term != nil {
 			l.term.setForeground(pid)
 		}
 	}

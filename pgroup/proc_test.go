@@ -67,7 +67,7 @@ func TestChildren(t *testing.T) {
 		t.Errorf("children = %v, without %d", pids, cmd.Process.Pid)
 	}
 	found := false
-	walk(func(p process) { found = found || p.pid == cmd.Process.Pid })
+	walk(nil, func(p process) { found = found || p.pid == cmd.Process.Pid })
 	if !found {
 		t.Errorf("walk did not visit %d", cmd.Process.Pid)
 	}

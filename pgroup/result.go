@@ -42,21 +42,21 @@ func (r Result) Code() int {
 	return r.Status
 }
 
-// settle finds the result of the workers. A run that the launcher's own failure
-// has cut short did not succeed, whatever its command says.
-func (r *Result) settle(workers []*worker, failure error) {
-	for _, w := range workers {
-		if w.err != nil {
-			r.Status = startStatus(w.err)
-		} else if w.status.Signaled() {
-			r.Signal = w.status.Signal()
-		} else {
-			r.Status = w.status.ExitStatus()
-		}
-		if r.Code() != 0 {
-			break
-		}
+// take takes the end of w for that of the run.
+func (r *Result) take(w *worker) {
+	switch {
+	case w.err != nil:
+		r.Status = startStatus(w.err)
+	case w.status.Signaled():
+		r.Signal = w.status.Signal()
+	default:
+		r.Status = w.status.ExitStatus()
 	}
+}
+
+// settle finds the result when nothing lives. A run that the launcher's own
+// failure has cut short did not succeed, whatever its command says.
+func (r *Result) settle(failure error) {
 	if failure != nil && r.Code() == 0 {
 		r.Status = StatusFailed
 	}

@@ -2,6 +2,7 @@ package pgroup
 
 import (
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -19,10 +20,35 @@ type command struct {
 
 // What a worker finds in its environment.
 const (
-	workerVar  = "PGROUP_WORKER"
-	workersVar = "PGROUP_WORKERS"
-	pidVar     = "PGROUP_PID"
+	workerVar    = "PGROUP_WORKER"
+	workersVar   = "PGROUP_WORKERS"
+	pidVar       = "PGROUP_PID"
+	startVar     = "PGROUP_START" // of all starts of the run; what a worker leaves behind is known by it
+	listenFDsVar = "LISTEN_FDS"
+	listenPIDVar = "LISTEN_PID"
+	namesVar     = "LISTEN_FDNAMES"
+	channelVar   = "NODE_CHANNEL_FD"
+	formatVar    = "NODE_CHANNEL_SERIALIZATION_MODE"
+	uniqueIDVar  = "NODE_UNIQUE_ID"
+	readyFDVar   = "PGROUP_READY_FD"
 )
+
+// about are the variables that speak of descriptors which a worker does not
+// inherit, whoever set them.
+var about = []string{listenFDsVar, listenPIDVar, namesVar, channelVar, formatVar, uniqueIDVar, readyFDVar}
+
+func hasVar(env []string, name string) bool {
+	return slices.ContainsFunc(env, func(e string) bool { return strings.HasPrefix(e, name+"=") })
+}
+
+// workerEnv returns env as all workers of this launcher have it.
+func workerEnv(env []string) []string {
+	env = slices.DeleteFunc(slices.Clone(env), func(e string) bool {
+		name, _, _ := strings.Cut(e, "=")
+		return slices.Contains(about, name)
+	})
+	return setEnv(env, pidVar, strconv.Itoa(os.Getpid()))
+}
 
 // setEnv returns env with the variable name set to value.
 func setEnv(env []string, name, value string) []string {
@@ -82,42 +108,106 @@ func executable(file string) error {
 	return unix.Faccessat(unix.AT_FDCWD, file, unix.X_OK, unix.AT_EACCESS)
 }
 
-// start starts worker n and reports it started or failed.
-func (l *leader) start(n int) {
-	pid, err := l.spawn(n)
+// A provision is what the next start of a worker is given.
+type provision struct {
+	files map[int]int // number there → ours
+	env   []string
+	err   error
+}
+
+func (l *leader) provision(worker int) *provision {
+	p := l.next[worker]
+	if p == nil {
+		p = &provision{files: make(map[int]int)}
+		l.next[worker] = p
+	}
+	return p
+}
+
+func (p *provision) add(number, fd int) {
+	if fd < 0 {
+		p.err = unix.EMFILE
+		return
+	}
+	p.files[number] = fd
+}
+
+func (p *provision) close() {
+	for _, fd := range p.files {
+		unix.Close(fd)
+	}
+}
+
+// start starts the worker, at its place of so many, and reports it started or
+// failed.
+func (l *leader) start(worker, place, of int) {
+	p := l.provision(worker)
+	delete(l.next, worker)
+	defer p.close()
+	pid, err := 0, p.err
+	if err == nil {
+		pid, err = l.spawn(worker, place, of, p)
+	}
 	if err != nil {
 		errno, _ := err.(syscall.Errno)
-		l.report(msgFailed, n, int64(errno), 0)
+		l.report(msgFailed, worker, int64(errno), 0)
 		l.reap()
 		return
 	}
 	l.empty = false
-	l.workers[n] = pid
+	l.workers[worker] = pid
 	l.groups[pid] = true
-	l.report(msgStarted, n, int64(pid), 0)
+	if place == 1 {
+		l.first = worker
+	}
+	l.report(msgStarted, worker, int64(pid), 0)
 	l.watch.look()
 }
 
-func (l *leader) spawn(n int) (pid int, err error) {
+func (l *leader) spawn(worker, place, of int, p *provision) (pid int, err error) {
 	path, err := lookPath(l.args[0], l.env)
 	if err != nil {
 		return 0, err
 	}
+	env := setEnv(l.env, workersVar, strconv.Itoa(of))
+	env = setEnv(env, workerVar, strconv.Itoa(place))
+	env = append(setEnv(env, startVar, strconv.Itoa(worker)), p.env...)
 	attr := &syscall.ProcAttr{
 		Dir:   l.dir,
-		Env:   setEnv(l.env, workerVar, strconv.Itoa(n)),
-		Files: []uintptr{0, 1, 2},
+		Env:   env,
+		Files: p.table(),
 		Sys:   &syscall.SysProcAttr{Setpgid: true},
 	}
-	if l.flags&flagTTY != 0 && l.flags&flagForeground != 0 && l.term != nil {
+	if l.flags&flagTTY != 0 && l.flags&flagForeground != 0 && l.term != nil && place == 1 {
 		attr.Sys.Foreground = true
 		attr.Sys.Ctty = l.term.fd
 	}
+	if hasVar(p.env, listenFDsVar) {
+		return l.spawnStub(path, attr)
+	}
 	pid, err = syscall.ForkExec(path, l.args, attr)
 	if err == unix.ENOEXEC { // a script without #!: execvp(3) again
-		pid, err = syscall.ForkExec("/bin/sh", append([]string{"sh", path}, l.args[1:]...), attr)
+		pid, err = syscall.ForkExec("/bin/sh", l.script(path), attr)
 	}
 	return pid, err
+}
+
+// table returns the worker's descriptors: our own standard streams, but for what
+// it was given.
+func (p *provision) table() []uintptr {
+	files := []uintptr{0, 1, 2}
+	for number, fd := range p.files {
+		for len(files) <= number {
+			files = append(files, ^uintptr(0)) // closed
+		}
+		files[number] = uintptr(fd)
+	}
+	return files
+}
+
+// script returns the arguments with which sh runs the file path.
+func (c *command) script(path string) []string {
+	return append([]string{"sh", path}, c.args[1:]...)
 }
 
 // leaveDir moves to /, so that the leader pins no file system. The workers

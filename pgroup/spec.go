@@ -1,8 +1,8 @@
 package pgroup
 
 import (
+	"io"
 	"os"
-	"strconv"
 	"syscall"
 	"time"
 
@@ -17,11 +17,56 @@ type Spec struct {
 
 	// Env is the workers' environment, that of this process if nil. To it come
 	// PGROUP_WORKER (the worker's number, from 1), PGROUP_WORKERS (how many
-	// there are) and PGROUP_PID (the launcher's pid).
+	// there are), PGROUP_PID (the launcher's pid) and PGROUP_START (how many
+	// times the run has started a worker, this one included).
 	Env []string
+
+	// Stdin, Stdout and Stderr are the workers' standard streams; nil is
+	// /dev/null or, if Dedicated, this process's own. Anything but an *os.File
+	// is written to by one goroutine at a time, and the run is not over before
+	// it has taken all.
+	Stdin          *os.File
+	Stdout, Stderr io.Writer
+
+	// Label begins each line of the workers' output with the worker's number.
+	Label bool
 
 	// Workers is how many copies of the command run; 0 means 1.
 	Workers int
+
+	// Restart is when an ended worker is started again: after 100 ms, and after
+	// twice the time for each time that it ended again within 10 s of its
+	// start, up to 30 s. A worker that ends within 10 s of a relayed TERM, INT,
+	// QUIT or HUP is not, nor is any once the run is being stopped.
+	Restart Restart
+
+	// MaxRestarts is how often in a row a worker that ended within 10 s of its
+	// start is started again. Then the run is stopped, and has failed; 0 means
+	// that there is no limit.
+	MaxRestarts int
+
+	// Until is when the run is over: when all workers have ended and are not to
+	// be started again, or when one has; the others are stopped then.
+	Until Until
+
+	// Ready is when a worker counts as ready; the zero value means when it was
+	// started.
+	Ready Ready
+
+	// Listen are sockets that are opened once and given to each worker by the
+	// convention of sd_listen_fds(3). ReusePort gives each its own, by
+	// SO_REUSEPORT in socket(7), which stays open while the worker is started
+	// again.
+	Listen    []Listen
+	ReusePort bool
+
+	// Channel gives each worker a message channel, Node's: see Run.Send.
+	Channel bool
+
+	// NodeCluster is to be the primary of Node's cluster module. A stop asks the
+	// workers to disconnect first, and is what StopSignal says after half of
+	// Grace.
+	NodeCluster bool
 
 	// Timeout is the time from the start of the first worker to a stop; 0 means
 	// that there is none.
@@ -56,22 +101,50 @@ type Spec struct {
 	// becomes a subreaper, so that it can take over what a killed leader held,
 	// moves to /, and gives up its standard streams once the workers have them.
 	// As PID 1 it is the leader too.
+	//
+	// In any other program, what has left its group when the leader is killed
+	// is found by its environment alone.
 	Dedicated bool
 
 	// KeepStderr keeps a dedicated program's standard error open even if it is a
 	// pipe or a socket, whose reader then sees its end no sooner than ours.
 	KeepStderr bool
 
+	// Elastic is for a dedicated program that may call Scale, Restart or Reload:
+	// the leader keeps the standard streams for the workers to come.
+	Elastic bool
+
+	// Hold are files that the leader keeps open too: they are closed everywhere
+	// exactly when nothing of the run lives. A lock is such a file's purpose.
+	Hold []*os.File
+
 	// Signals are relayed as they come: see the function of the same name. With
 	// them the run takes part in job control: when all workers are stopped, this
 	// process stops too (TSTP), unless nobody would continue it.
 	Signals <-chan Signal
 
-	// Events is called for each event, by one goroutine. It must not block.
+	// Events is called for each event, by one goroutine. It must not block, nor
+	// wait for a method of the Run.
 	Events func(Event)
 }
 
-func (s *Spec) workers() int { return max(1, s.Workers) }
+// A Restart is when an ended worker is started again.
+type Restart string
+
+const (
+	RestartNo      Restart = "no" // the default
+	RestartFailure Restart = "on-failure"
+	RestartAlways  Restart = "always"
+)
+
+// An Until is when a run is over.
+type Until string
+
+const (
+	UntilAll     Until = "all" // workers have ended; the default
+	UntilFirst   Until = "first"
+	UntilFailure Until = "failure" // of a worker, or when all have ended
+)
 
 func (s *Spec) stopSignal() syscall.Signal {
 	if s.StopSignal == 0 {
@@ -90,6 +163,11 @@ func (s *Spec) relayed(sig syscall.Signal) syscall.Signal {
 		return s.stopSignal()
 	}
 	return sig
+}
+
+// startsOnce reports whether no worker will be started but the first ones.
+func (s *Spec) startsOnce() bool {
+	return s.Dedicated && !s.Elastic && (s.Restart == "" || s.Restart == RestartNo)
 }
 
 func (s *Spec) config(term *terminal) config {
@@ -114,5 +192,5 @@ func (s *Spec) command() command {
 	if env == nil {
 		env = os.Environ()
 	}
-	return command{args: s.Args, env: setEnv(env, pidVar, strconv.Itoa(os.Getpid()))}
+	return command{args: s.Args, env: workerEnv(env)}
 }

@@ -11,14 +11,17 @@ import (
 // every orphan among them becomes its child: the tree has no way out.
 
 // walk calls visit for each descendant that is not a zombie, parents before
-// their children.
-func walk(visit func(process)) {
+// their children. It passes over those of skip, and what is below them.
+func walk(skip map[int]bool, visit func(process)) {
 	self := unix.Getpid()
 	queue := []process{{pid: self}}
 	for len(queue) > 0 {
 		parent := queue[0]
 		queue = queue[1:]
 		for _, pid := range children(parent.pid, parent.threads) {
+			if skip[pid] {
+				continue
+			}
 			p, err := stat(pid)
 			if err != nil && parent.pid == self {
 				// Hidden from us (hidepid in proc(5)), yet our child until we
@@ -85,13 +88,13 @@ const maxWalks = 64
 // process. One walk alone misses those whose parent ends meanwhile: they have
 // left its list, and ours was read before. late tells that the parent was
 // visited in an earlier walk.
-func walkAll(visit func(p process, late bool)) {
+func walkAll(skip map[int]bool, visit func(p process, late bool)) {
 	seen := make(map[int]bool) // by earlier walks
 	before := -1
 	for range maxWalks {
 		var fresh []int
 		n := 0
-		walk(func(p process) {
+		walk(skip, func(p process) {
 			n++
 			if !seen[p.pid] {
 				fresh = append(fresh, p.pid)
@@ -114,7 +117,7 @@ func walkAll(visit func(p process, late bool)) {
 // each process that it loses would outrun us otherwise.
 func kill(killed map[int]bool) (took, refused int) {
 	var found []process
-	walkAll(func(p process, _ bool) {
+	walkAll(nil, func(p process, _ bool) {
 		found = append(found, p)
 		p.signal(unix.SIGSTOP)
 	})

@@ -2,6 +2,9 @@ package pgroup
 
 import (
 	"io"
+	"os"
+	"runtime"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -13,9 +16,63 @@ func TestMessageRoundTrip(t *testing.T) {
 	if len(buf) != messageSize {
 		t.Errorf("a message has %d bytes, want %d", len(buf), messageSize)
 	}
-	if got := parseMessage(buf); got != want {
-		t.Errorf("got %+v, want %+v", got, want)
+	if got, rest, ok := parseMessage(buf); got != want || len(rest) != 0 || !ok {
+		t.Errorf("got %+v, %d bytes, %v; want %+v", got, len(rest), ok, want)
 	}
+}
+
+// What comes with a record comes whole too, and each descriptor with its own.
+func TestMessagePayload(t *testing.T) {
+	a, b, err := socketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	from, to := newConn(a, true), newConn(b, true)
+	defer to.close()
+	var files []*os.File
+	var sent []message
+	for n := range 2*maxFDs + 10 {
+		f, err := os.CreateTemp(t.TempDir(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		files = append(files, f)
+		env := envMessage(n, []string{"A=" + strings.Repeat("x", n), "B="})
+		sent = append(sent, env, message{kind: msgFile, worker: int32(n), fd: int(f.Fd())}, message{kind: msgStart, worker: int32(n)})
+	}
+	go func() {
+		from.send(sent...)
+		from.close()
+	}()
+	for n := 0; ; {
+		msgs, err := to.receive()
+		for _, m := range msgs {
+			want := sent[n]
+			if m.kind != want.kind || m.worker != want.worker || m.text != want.text {
+				t.Fatalf("message %d is %+v, want %+v", n, m, want)
+			}
+			if m.kind == msgFile {
+				var got, st unix.Stat_t
+				if err := unix.Fstat(m.fd, &got); err != nil {
+					t.Fatalf("descriptor of message %d: %v", n, err)
+				}
+				unix.Fstat(want.fd, &st)
+				if got.Ino != st.Ino {
+					t.Fatalf("message %d came with another's descriptor", n)
+				}
+				unix.Close(m.fd)
+			}
+			n++
+		}
+		if err == io.EOF {
+			if n != len(sent) {
+				t.Errorf("%d messages came, want %d", n, len(sent))
+			}
+			break
+		}
+	}
+	runtime.KeepAlive(files)
 }
 
 // Records come whole however the stream cuts them, then end of file.

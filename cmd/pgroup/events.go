@@ -86,12 +86,13 @@ func (s *sink) close() error {
 // An eventLog writes events for people and for machines.
 type eventLog struct {
 	verbose bool
+	deaths  bool // of workers are told, until the run is being stopped
 	stderr  *sink
 	events  *sink // nil without --events
 }
 
-func newEventLog(fd int, verbose bool) *eventLog {
-	l := &eventLog{verbose: verbose, stderr: newSink(2)}
+func newEventLog(fd int, verbose, deaths bool) *eventLog {
+	l := &eventLog{verbose: verbose, deaths: deaths, stderr: newSink(2)}
 	if fd >= 0 {
 		l.events = newSink(fd)
 	}
@@ -100,13 +101,26 @@ func newEventLog(fd int, verbose bool) *eventLog {
 
 // event takes one event. It does not block.
 func (l *eventLog) event(e pgroup.Event) {
-	if l.verbose || e.Type == pgroup.EventRefuse {
+	if l.verbose || l.tell(e) {
 		l.stderr.write(message(e))
 	}
 	if l.events != nil {
 		line, _ := e.MarshalJSON()
 		l.events.write(append(line, '\n'))
 	}
+}
+
+// tell reports whether people have to know of e, though they did not ask.
+func (l *eventLog) tell(e pgroup.Event) bool {
+	switch e.Type {
+	case pgroup.EventRefuse, pgroup.EventChannel:
+		return true
+	case pgroup.EventStop:
+		l.deaths = l.deaths && e.Worker != 0
+	case pgroup.EventExit:
+		return l.deaths
+	}
+	return false
 }
 
 // close ends the log, after one more line about what failed, if anything did.

@@ -46,6 +46,56 @@ func parseDuration(s string) (time.Duration, error) {
 	return d, nil
 }
 
+// A count is the value of --workers.
+type count struct{ value int }
+
+func (c *count) UnmarshalText(text []byte) (err error) {
+	if string(text) == "auto" {
+		c.value = pgroup.CPUs()
+		return nil
+	}
+	if c.value, err = strconv.Atoi(string(text)); err != nil || c.value < 1 || c.value > maxWorkers {
+		return fmt.Errorf("%q is no number of workers: give 1 to %d, or auto", text, maxWorkers)
+	}
+	return nil
+}
+
+// maxWorkers is more than a machine has pids for by default.
+const maxWorkers = 100_000
+
+// A positive is a number from 1.
+type positive struct{ value int }
+
+func (p *positive) UnmarshalText(text []byte) (err error) {
+	if p.value, err = strconv.Atoi(string(text)); err != nil || p.value < 1 {
+		return fmt.Errorf("%q is no number from 1", text)
+	}
+	return nil
+}
+
+// A listen is the value of --listen.
+type listen struct{ value pgroup.Listen }
+
+func (l *listen) UnmarshalText(text []byte) (err error) {
+	l.value, err = pgroup.ParseListen(string(text))
+	return err
+}
+
+// A ready is the value of --ready.
+type ready struct{ value pgroup.Ready }
+
+func (r *ready) UnmarshalText(text []byte) (err error) {
+	switch mode := string(text); mode {
+	case pgroup.ReadyNotify, pgroup.ReadyFD:
+		r.value.Mode = mode
+	default:
+		if r.value.After, err = parseDuration(mode); err != nil {
+			return fmt.Errorf("%q is none of notify, fd and a duration", text)
+		}
+	}
+	return nil
+}
+
 // A sig is a flag's signal.
 type sig struct{ value syscall.Signal }
 

@@ -1,0 +1,169 @@
+package pgroup
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// leaderGone makes the launcher what the leader was: the kernel has made it the
+// parent of all that lives.
+func (r *Run) leaderGone() {
+	status := r.awaitOrphans()
+	if r.failure == nil && r.phase == working {
+		how := fmt.Sprintf("ended with status %d", status.ExitStatus())
+		if status.Signaled() {
+			how = "was killed by " + SignalName(status.Signal())
+		}
+		r.failure = fmt.Errorf("the leader (pid %d) %s: stopped the command", r.leader, how)
+	}
+	r.leader = 0
+	r.conn.close()
+	r.cancelRestarts()
+	if !r.spec.Dedicated {
+		r.hunt()
+		return
+	}
+	pids := make(map[int]int)
+	for _, w := range r.workers {
+		switch {
+		case w.state == ended:
+			delete(r.workers, w.id) // what it left behind is stopped with the rest
+		case r.spec.PIDNamespace:
+			w.status = syscall.WaitStatus(unix.SIGKILL) // with its PID 1
+			r.lost(w)
+		case w.state != starting && isChild(w.pid):
+			pids[w.id] = w.pid
+		default:
+			// It was started or reaped, and the news was lost with the leader.
+			w.err = r.failure
+			r.lost(w)
+		}
+	}
+	cfg := r.config
+	cfg.flags &= flagToWorkers
+	c, err := localLeader(cfg, r.spec.command(), pids, true)
+	if err != nil {
+		r.lastResort()
+		return
+	}
+	r.conn, r.inbox, r.empty = c, newInbox(c), false
+	if r.expired {
+		r.escalate() // again: it may not have come to that
+	} else {
+		r.stop("leader")
+	}
+	r.advance()
+}
+
+// awaitOrphans waits until the killed leader's children are ours, which they are
+// when it is a zombie. It is reaped then, unless something traces it.
+func (r *Run) awaitOrphans() (status syscall.WaitStatus) {
+	for {
+		pid, err := syscall.Wait4(r.leader, &status, unix.WNOHANG, nil)
+		if pid > 0 || err != nil && err != unix.EINTR {
+			return status
+		}
+		if p, err := stat(r.leader); err == nil && p.state == 'Z' && p.threads <= 1 {
+			return syscall.WaitStatus(unix.SIGKILL)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// lastResort sweeps with what a launcher out of descriptors can do.
+func (r *Run) lastResort() {
+	sweep(func(int, syscall.WaitStatus) {}, func(int) {})
+	for _, w := range r.workers {
+		r.lost(w)
+	}
+	r.finish()
+}
+
+// lost is for a worker that has ended, nobody knows how.
+func (r *Run) lost(w *worker) {
+	w.state = ended
+	r.takeBack(w)
+	delete(r.workers, w.id)
+	if p := w.place; p.worker == w && !p.over {
+		r.fillNot(p)
+	}
+}
+
+// hunt ends what lives when the leader was killed and its children are init's,
+// because this process is no subreaper: other children of its own would become
+// orphans of ours too. It finds them by their environment.
+func (r *Run) hunt() {
+	asked := time.Now()
+	sig := r.spec.stopSignal()
+	if r.spec.Grace <= 0 {
+		sig = unix.SIGKILL
+	}
+	told := make(map[int]bool)
+	for {
+		found := ours()
+		if len(found) == 0 {
+			break
+		}
+		if sig != unix.SIGKILL && time.Since(asked) > r.spec.Grace {
+			sig = unix.SIGKILL
+			clear(told)
+		}
+		for _, p := range found {
+			if !told[p.pid] {
+				told[p.pid] = true
+				p.signalOurs(sig)
+			}
+		}
+		time.Sleep(sweepPause)
+	}
+	for _, w := range r.workers {
+		w.err = r.failure
+		r.lost(w)
+	}
+	r.finish()
+}
+
+// ours returns the processes, of all that there are, that were started by this
+// launcher's leader.
+func ours() (found []process) {
+	fd, err := openProc(".")
+	if err != nil {
+		return nil
+	}
+	dir := os.NewFile(uintptr(fd), "/proc")
+	defer dir.Close()
+	names, _ := dir.Readdirnames(-1)
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil || pid == unix.Getpid() || !isOurs(pid) {
+			continue
+		}
+		if p, err := stat(pid); err == nil && p.state != 'Z' {
+			found = append(found, p)
+		}
+	}
+	return found
+}
+
+func isOurs(pid int) bool {
+	env, err := readFile(strconv.Itoa(pid)+"/environ", nil)
+	return err == nil && value(env, startVar) != "" && value(env, pidVar) == strconv.Itoa(unix.Getpid())
+}
+
+// signalOurs signals p if its number is still that of a process of ours.
+func (p process) signalOurs(sig syscall.Signal) {
+	fd, err := unix.PidfdOpen(p.pid, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if isOurs(p.pid) {
+		unix.PidfdSendSignal(fd, sig, nil, 0)
+		unix.PidfdSendSignal(fd, unix.SIGCONT, nil, 0)
+	}
+}
