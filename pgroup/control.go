@@ -214,6 +214,9 @@ func (r *Run) Scale(ctx context.Context, n int) error {
 		were := len(r.places)
 		for _, p := range r.places[min(n, were):] {
 			p.over, p.again = true, time.Time{}
+			if r.sockets != nil {
+				r.sockets.retire(p.n)
+			}
 			r.retire(p.worker, "scale")
 		}
 		r.places = r.places[:min(n, were)]

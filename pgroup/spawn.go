@@ -35,7 +35,7 @@ const (
 
 // about are the variables that speak of descriptors which a worker does not
 // inherit, whoever set them.
-var about = []string{listenFDsVar, listenPIDVar, namesVar, channelVar, formatVar, uniqueIDVar, readyFDVar}
+var about = []string{listenFDsVar, listenPIDVar, "LISTEN_PIDFDID", namesVar, channelVar, formatVar, uniqueIDVar, readyFDVar}
 
 func hasVar(env []string, name string) bool {
 	return slices.ContainsFunc(env, func(e string) bool { return strings.HasPrefix(e, name+"=") })
