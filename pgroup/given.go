@@ -1,6 +1,7 @@
 package pgroup
 
 import (
+	"cmp"
 	"io"
 	"os"
 	"strconv"
@@ -79,6 +80,8 @@ func (r *Run) give(w *worker) (msgs []message, err error) {
 		if g.notify, err = newNotifySocket(ready, nil); err != nil {
 			return nil, err
 		}
+		// Whatever the worker's pid is in a pid namespace, it is below these.
+		g.notify.setPID(cmp.Or(r.leader, os.Getpid()))
 		env = append(env, g.notify.env())
 	case ReadyFD:
 		var theirs *os.File
@@ -88,6 +91,9 @@ func (r *Run) give(w *worker) (msgs []message, err error) {
 		g.theirs = append(g.theirs, theirs)
 		file(next, theirs)
 		env = append(env, readyFDVar+"="+strconv.Itoa(next))
+	}
+	if r.spec.Ready != (Ready{}) && g.notify == nil {
+		env = append(env, notifyVar) // whoever waits there is told of the run
 	}
 	if len(env) > 0 {
 		msgs = append(msgs, envMessage(w.id, env))
@@ -127,9 +133,10 @@ func (r *Run) takeBack(w *worker) {
 // begun notes that w runs now.
 func (r *Run) begun(w *worker) {
 	switch {
-	case w.given.notify != nil:
-		w.given.notify.setPID(w.pid)
-	case w.given.ready != nil, r.primary != nil:
+	case w.ready: // its word was here before the leader's
+		w.ready = false
+		r.becomeReady(w)
+	case w.given.notify != nil, w.given.ready != nil, r.primary != nil:
 	case r.spec.Ready.After > 0:
 		w.readyAt = w.since.Add(r.spec.Ready.After)
 	default:
@@ -142,6 +149,9 @@ func (r *Run) becomeReady(w *worker) {
 		return
 	}
 	w.ready, w.readyAt = true, time.Time{}
+	if w.state == starting {
+		return
+	}
 	if r.spec.Ready != (Ready{}) || r.primary != nil { // else it is what start means
 		r.event(Event{Type: EventReady, Worker: w.place.n, PID: w.pid})
 	}

@@ -5,6 +5,7 @@
 package pgroup
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"syscall"
@@ -12,10 +13,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Init has to be called first thing in main. In the leader, which is the
-// program's own binary started again, it does not return, nor in what starts a
-// worker that gets sockets.
+// initialised is whether this program's main calls Init.
+var initialised bool
+
+// errNoInit is Start's error where the leader would be a second copy of main.
+var errNoInit = errors.New("pgroup.Init was not called: call it first thing in main, in tests in TestMain")
+
+// Init has to be called first thing in main, and in tests first thing in
+// TestMain. In the leader, which is the program's own binary started again, it
+// does not return, nor in what starts a worker that gets sockets. In any other
+// process it does nothing.
 func Init() {
+	initialised = true
 	if len(os.Args) == 0 {
 		return
 	}

@@ -69,6 +69,12 @@ func Start(ctx context.Context, spec *Spec) (*Run, error) {
 	if len(spec.Args) == 0 {
 		return nil, errors.New("pgroup: no command")
 	}
+	if !initialised {
+		return nil, errNoInit
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	r := &Run{
 		spec:     spec,
 		began:    time.Now(),
@@ -269,7 +275,8 @@ func (r *Run) handle(m message) {
 	switch m.kind {
 	case msgStarted:
 		w.state, w.pid, w.since, r.empty = running, int(m.a), time.Now(), false
-		if r.spec.Dedicated && r.count(starting) == 0 {
+		// As PID 1 they are the leader's too, for the workers to come.
+		if r.spec.Dedicated && r.count(starting) == 0 && (r.leader != 0 || r.spec.startsOnce()) {
 			releaseStreams(r.spec)
 		}
 		r.event(Event{Type: EventStart, Worker: w.place.n, PID: w.pid})
@@ -467,7 +474,10 @@ func (r *Run) drain() {
 	}
 	limit, drained := make(chan struct{}), make(chan struct{})
 	go func() {
-		r.outputs.wait(limit)
+		err := r.outputs.wait(limit)
+		if err != nil && !errors.Is(err, unix.EPIPE) && r.failure == nil {
+			r.failure = fmt.Errorf("cannot write what the workers said: %w", err)
+		}
 		close(drained)
 	}()
 	late := (<-chan time.Time)(nil)

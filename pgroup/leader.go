@@ -439,6 +439,9 @@ func (l *leader) noticeAdopted() {
 func (l *leader) setEmpty() {
 	if !l.empty {
 		l.empty = true
+		for worker, r := range l.gone {
+			l.report(msgCleared, worker, int64(len(r.killed)), 0)
+		}
 		l.report(msgEmpty, 0, int64(l.adopted), int64(l.killed))
 		if l.alone {
 			l.restoreTerminal()

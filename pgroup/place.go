@@ -123,7 +123,7 @@ func (r *Run) exited(w *worker) time.Duration {
 		r.fillNot(p)
 		return -1
 	}
-	if now.Sub(w.since) >= health {
+	if w.err == nil && now.Sub(w.since) >= health {
 		p.short = 0
 	}
 	if limit := r.spec.MaxRestarts; limit > 0 && p.short >= limit {
@@ -187,4 +187,5 @@ func (r *Run) notStarted(w *worker, err error) {
 		r.decided = true
 		r.stop("fail")
 	}
+	r.judge(w)
 }

@@ -41,24 +41,23 @@ func hasVar(env []string, name string) bool {
 	return slices.ContainsFunc(env, func(e string) bool { return strings.HasPrefix(e, name+"=") })
 }
 
+// unsetEnv returns env without the variables of these names.
+func unsetEnv(env []string, names ...string) []string {
+	return slices.DeleteFunc(slices.Clone(env), func(e string) bool {
+		name, _, _ := strings.Cut(e, "=")
+		return slices.Contains(names, name)
+	})
+}
+
 // workerEnv returns env as all workers of this launcher have it.
 func workerEnv(env []string) []string {
-	env = slices.DeleteFunc(slices.Clone(env), func(e string) bool {
-		name, _, _ := strings.Cut(e, "=")
-		return slices.Contains(about, name)
-	})
+	env = unsetEnv(env, about...)
 	return setEnv(env, pidVar, strconv.Itoa(os.Getpid()))
 }
 
 // setEnv returns env with the variable name set to value.
 func setEnv(env []string, name, value string) []string {
-	var set []string
-	for _, e := range env {
-		if !strings.HasPrefix(e, name+"=") {
-			set = append(set, e)
-		}
-	}
-	return append(set, name+"="+value)
+	return append(unsetEnv(env, name), name+"="+value)
 }
 
 // defaultPath is what execvp(3) searches where there is no PATH.
@@ -66,8 +65,9 @@ const defaultPath = "/bin:/usr/bin"
 
 // lookPath finds the program as execvp(3) does: relative entries of PATH are
 // searched too, and a file that can't be executed is the error only if no later
-// directory has one that can.
-func lookPath(name string, env []string) (string, error) {
+// directory has one that can. Those entries are relative to cwd, which is ours if
+// it is empty.
+func lookPath(name string, env []string, cwd string) (string, error) {
 	if name == "" {
 		return "", unix.ENOENT
 	}
@@ -86,7 +86,11 @@ func lookPath(name string, env []string) (string, error) {
 			dir = "."
 		}
 		file := dir + "/" + name
-		switch err := executable(file); err {
+		at := file
+		if cwd != "" && !strings.HasPrefix(file, "/") {
+			at = cwd + "/" + file
+		}
+		switch err := executable(at); err {
 		case nil:
 			return file, nil
 		case unix.EACCES:
@@ -165,13 +169,21 @@ func (l *leader) start(worker, place, of int) {
 }
 
 func (l *leader) spawn(worker, place, of int, p *provision) (pid int, err error) {
-	path, err := lookPath(l.args[0], l.env)
+	path, err := lookPath(l.args[0], l.env, l.dir)
 	if err != nil {
 		return 0, err
 	}
 	env := setEnv(l.env, workersVar, strconv.Itoa(of))
 	env = setEnv(env, workerVar, strconv.Itoa(place))
-	env = append(setEnv(env, startVar, strconv.Itoa(worker)), p.env...)
+	env = setEnv(env, startVar, strconv.Itoa(worker))
+	for _, e := range p.env {
+		name, value, set := strings.Cut(e, "=")
+		if set {
+			env = setEnv(env, name, value)
+		} else {
+			env = unsetEnv(env, name)
+		}
+	}
 	attr := &syscall.ProcAttr{
 		Dir:   l.dir,
 		Env:   env,

@@ -35,12 +35,16 @@ func TestLookPath(t *testing.T) {
 		{"", dir + "/prog", "", unix.ENOENT},
 		{"none/x", dir + "/prog", "none/x", nil},
 	} {
-		got, err := lookPath(test.name, []string{"PATH=" + test.path})
+		got, err := lookPath(test.name, []string{"PATH=" + test.path}, "")
 		if got != test.want || err != test.err {
 			t.Errorf("lookPath(%q) in %q = %q, %v; want %q, %v", test.name, test.path, got, err, test.want, test.err)
 		}
 	}
-	if got, err := lookPath("sh", nil); err != nil || got != "/bin/sh" {
+	t.Chdir("/")
+	if got, err := lookPath("x", []string{"PATH=../plain:."}, dir+"/prog"); got != "./x" || err != nil {
+		t.Errorf("lookPath relative to another directory = %q, %v", got, err)
+	}
+	if got, err := lookPath("sh", nil, ""); err != nil || got != "/bin/sh" {
 		t.Errorf("lookPath without PATH = %q, %v", got, err)
 	}
 }

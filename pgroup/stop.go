@@ -104,7 +104,9 @@ func (r *Run) judge(w *worker) {
 	switch {
 	case w.lastTry:
 		reason = "max-restarts"
-		r.failure = &GaveUpError{Worker: w.place.n, Restarts: w.place.short}
+		if r.failure == nil { // else it could not be started
+			r.failure = &GaveUpError{Worker: w.place.n, Restarts: w.place.short}
+		}
 	case len(r.places) == 1:
 		return
 	case r.spec.Until == UntilFirst || r.spec.Until == UntilFailure && w.failed():

@@ -22,7 +22,8 @@ import (
 //	   │ ── command first ──────────────────▶ │  which of its arguments begins it
 //	   │ ── file worker, number ────────────▶ │  a descriptor (SCM_RIGHTS) for that start;
 //	   │                                      │  for worker 0: to be held to the end
-//	   │ ── env worker, length, text ───────▶ │  variables for that start, NUL after each
+//	   │ ── env worker, length, text ───────▶ │  variables for that start, NUL after each;
+//	   │                                      │  a name alone is one to be unset
 //	   │ ── start worker, place, of all ────▶ │
 //	   │ ◀──────── started worker, pid ────── │  or failed worker, errno
 //	   │ ── last ───────────────────────────▶ │  no worker will be started again
@@ -139,7 +140,7 @@ func parseMessage(buf []byte) (m message, rest []byte, ok bool) {
 	return m, buf[size:], true
 }
 
-// envMessage carries variables for the next start of worker.
+// envMessage carries variables for a start of worker.
 func envMessage(worker int, env []string) message {
 	text := ""
 	for _, e := range env {
