@@ -2,7 +2,6 @@ package pgroup
 
 import (
 	"cmp"
-	"io"
 	"os"
 	"strconv"
 	"time"
@@ -16,6 +15,9 @@ type given struct {
 	notify  *notifySocket
 	ready   func() // closes our end of the pipe
 }
+
+// firstListenFD is SD_LISTEN_FDS_START of sd_listen_fds(3).
+const firstListenFD = 3
 
 // give makes what w is to be given, and the messages that hand it over.
 func (r *Run) give(w *worker) (msgs []message, err error) {
@@ -49,7 +51,7 @@ func (r *Run) give(w *worker) (msgs []message, err error) {
 			}
 		}
 	}
-	env, next := []string(nil), 3
+	env, next := []string(nil), firstListenFD
 	if r.sockets != nil {
 		fds, err := r.sockets.files(w.place.n)
 		if err != nil {
@@ -122,14 +124,6 @@ func (g *given) close() {
 	}
 }
 
-// takeBack is for a worker that has ended.
-func (r *Run) takeBack(w *worker) {
-	w.given.close()
-	if r.primary != nil {
-		r.primary.leave(w.id)
-	}
-}
-
 // begun notes that w runs now.
 func (r *Run) begun(w *worker) {
 	switch {
@@ -182,7 +176,10 @@ func (r *Run) openChannel(w *worker) (theirs *os.File, err error) {
 				r.primary.message(w.id, line)
 			}
 		})
-		if err != nil && err != io.EOF {
+		if r.primary != nil {
+			r.primary.leave(w.id) // not sooner: its last word may be an answer
+		}
+		if err != nil {
 			r.post(func() { r.event(Event{Type: EventChannel, Worker: w.place.n, Err: err}) })
 		}
 	}()

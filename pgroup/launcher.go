@@ -87,10 +87,11 @@ func Start(ctx context.Context, spec *Spec) (*Run, error) {
 		ready:    make(chan struct{}),
 		done:     make(chan struct{}),
 	}
-	if err := r.open(); err != nil {
-		return nil, err
+	err := r.open()
+	if err == nil {
+		err = r.launch()
 	}
-	if err := r.launch(); err != nil {
+	if err != nil {
 		r.close()
 		return nil, err
 	}
@@ -127,6 +128,15 @@ func (r *Run) open() (err error) {
 	}
 	if s.NodeCluster {
 		r.primary = newPrimary(os.Getenv("NODE_CLUSTER_SCHED_POLICY") != "none")
+		if r.sockets != nil {
+			fds, err := r.sockets.files(1)
+			if err != nil {
+				return err
+			}
+			for i, fd := range fds {
+				r.primary.give(firstListenFD+i, fd)
+			}
+		}
 	}
 	return nil
 }

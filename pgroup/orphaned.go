@@ -87,7 +87,7 @@ func (r *Run) lastResort() {
 // lost is for a worker that has ended, nobody knows how.
 func (r *Run) lost(w *worker) {
 	w.state = ended
-	r.takeBack(w)
+	w.given.close()
 	delete(r.workers, w.id)
 	if p := w.place; p.worker == w && !p.over {
 		r.fillNot(p)

@@ -107,7 +107,7 @@ func (r *Run) exited(w *worker) time.Duration {
 	now := time.Now()
 	w.state = ended
 	w.step, w.deadline = untouched, time.Time{}
-	r.takeBack(w)
+	w.given.close()
 	p := w.place
 	switch {
 	case p.next == w: // the reload sees it

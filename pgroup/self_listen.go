@@ -46,7 +46,7 @@ func takeHanded(wanted func(*os.File) bool) (taken []*os.File, err error) {
 	defer handed.Unlock()
 	if !handed.read {
 		handed.read = true
-		handed.files, handed.err = readHanded(3)
+		handed.files, handed.err = readHanded(firstListenFD)
 	}
 	var left []*os.File
 	for _, f := range handed.files {

@@ -78,6 +78,7 @@ func (r *Run) disconnect() bool {
 			r.primary.disconnect(w.id)
 		}
 	}
+	r.primary.last()
 	r.halfTime = time.Now().Add(r.spec.Grace / 2)
 	return true
 }
