@@ -153,6 +153,7 @@ func envMessage(worker int, env []string) message {
 type conn struct {
 	file *os.File
 	raw  syscall.RawConn
+	buf  []byte
 	rest []byte // of a record cut by the last read
 	fds  []int  // received, whose records have not been
 }
@@ -172,13 +173,17 @@ const maxFDs = 253
 // receive waits for news and returns all whole records that were there. Any
 // error means that the peer has gone.
 func (c *conn) receive() ([]message, error) {
-	var buf [64 * messageSize]byte
+	if c.buf == nil {
+		// As much as the descriptors of one message can come with: if some are
+		// lost, the records that they were for are in the same read.
+		c.buf = make([]byte, 1<<15)
+	}
 	var oob [4*maxFDs + 16]byte // CmsgSpace
 	var n, oobn, flags int
 	var err error
 	rerr := c.raw.Read(func(fd uintptr) bool {
 		err = retry(func() (err error) {
-			n, oobn, flags, _, err = unix.Recvmsg(int(fd), buf[:], oob[:], unix.MSG_CMSG_CLOEXEC)
+			n, oobn, flags, _, err = unix.Recvmsg(int(fd), c.buf, oob[:], unix.MSG_CMSG_CLOEXEC)
 			return err
 		})
 		return err != unix.EAGAIN
@@ -194,7 +199,7 @@ func (c *conn) receive() ([]message, error) {
 		closeAll(c.fds)
 		c.fds = nil
 	}
-	data := append(c.rest, buf[:n]...)
+	data := append(c.rest, c.buf[:n]...)
 	var msgs []message
 	for {
 		m, rest, ok := parseMessage(data)
