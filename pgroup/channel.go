@@ -47,6 +47,7 @@ type channel struct {
 	// A handle was sent, and there is no answer yet.
 	unanswered bool
 	refused    func()
+	fault      error // why we ended it
 }
 
 // maxLine is the longest message in bytes, with its newline.
@@ -106,7 +107,7 @@ func (c *channel) serve(message func(line []byte, internal bool)) error {
 	for {
 		line, err := in.next()
 		if err != nil {
-			return violation(err)
+			return c.violation(err)
 		}
 		switch cmd := internalCommand(line); cmd {
 		case "":
@@ -121,13 +122,15 @@ func (c *channel) serve(message func(line []byte, internal bool)) error {
 	}
 }
 
-// violation returns err if it is more than the end of the channel. A peer that
-// leaves what we sent unread gives us ECONNRESET.
-func violation(err error) error {
+// violation returns err if it is more than the end of the channel, or why we
+// ended that. A peer that leaves what we sent unread gives us ECONNRESET.
+func (c *channel) violation(err error) error {
 	if errors.Is(err, ErrNotJSON) || errors.Is(err, ErrLineTooLong) {
 		return err
 	}
-	return nil
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.fault
 }
 
 // send sends a message, or queues it: it does not block. ErrChannelFull leaves
@@ -147,7 +150,7 @@ func (c *channel) send(line []byte) error {
 func (c *channel) sendInternal(line []byte) error {
 	err := c.push(outgoing{line: line, fd: -1}, maxQueue+nodeQueue)
 	if err != nil {
-		c.close()
+		c.fail(err)
 	}
 	return err
 }
@@ -282,6 +285,16 @@ func (c *channel) discard() {
 		}
 	}
 	c.closed, c.queue, c.cost = true, nil, 0
+}
+
+// fail ends the channel for what the worker did wrong, if nobody has ended it.
+func (c *channel) fail(err error) {
+	c.mu.Lock()
+	if !c.closed {
+		c.fault = err
+	}
+	c.mu.Unlock()
+	c.close()
 }
 
 // close ends the channel both ways: serve returns when it has read what the

@@ -7,17 +7,19 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"syscall"
 	"time"
 )
 
-// What the methods of a Run return.
+// What the methods of a Run return, in the sense of errors.Is.
 var (
 	ErrOver    = errors.New("the run is over")
 	ErrStopped = errors.New("the run is being stopped")
 	ErrBusy    = errors.New("a scale, restart or reload is at work: try again when it is done")
 )
 
-// A GaveUpError is why a run stopped that had MaxRestarts.
+// A GaveUpError is why a run was stopped that had MaxRestarts: that number of
+// restarts of one worker, in a row, was not enough.
 type GaveUpError struct {
 	Worker   int
 	Restarts int
@@ -32,7 +34,7 @@ func (e *GaveUpError) Error() string {
 type Status struct {
 	PID     int            `json:"pid"`    // the launcher's
 	Leader  int            `json:"leader"` // 0 if the launcher is PID 1
-	State   string         `json:"state"`  // starting, ready, reloading, stopping
+	State   string         `json:"state"`  // starting, ready, scaling, reloading, stopping
 	Since   time.Time      `json:"since"`
 	Workers []WorkerStatus `json:"workers"`
 }
@@ -60,7 +62,8 @@ func (r *Run) do(f func()) error {
 	}
 }
 
-// Ready is closed when all workers have become ready for the first time.
+// Ready is closed when all workers have become ready for the first time; never, if
+// one of them ends before that for good. See Done.
 func (r *Run) Ready() <-chan struct{} { return r.ready }
 
 // Done is closed when the run is over.
@@ -87,7 +90,7 @@ func (r *Run) status() Status {
 				ws.State = "ready"
 			}
 		}
-		if ws.State != "ready" {
+		if w := p.worker; !p.over && !(w.lives() && w.ready) {
 			s.State = "starting"
 		}
 		s.Workers = append(s.Workers, ws)
@@ -112,33 +115,38 @@ func (w *worker) end() string {
 	return fmt.Sprintf("status %d", w.status.ExitStatus())
 }
 
-// Stop stops the run, as the end of its context does. Wait tells when it is over.
+// Stop stops the run, as the end of its context does: StopSignal, then Grace, then
+// SIGKILL. It does not wait: Wait tells when the run is over.
 func (r *Run) Stop() {
 	r.do(func() { r.stop("request") })
 }
 
 // Signal relays sig as if this process had received it.
-func (r *Run) Signal(sig Signal) error {
-	return r.do(func() { r.received(sig) })
+func (r *Run) Signal(sig syscall.Signal) error {
+	return r.do(func() { r.received(Signal{Signal: sig, From: os.Getpid()}) })
 }
 
-// Send sends v, as JSON, to the worker, which needs Channel. It does not wait for
-// the worker to read it: it fails if the worker has too much unread already.
+// Send sends v, as JSON, to the worker of that number, which needs Channel. It does
+// not wait for the worker to read it: the error is ErrChannelFull if the worker
+// has 16 MiB unread already, ErrLineTooLong if v alone is more. What a worker has
+// not read when it ends is lost.
 func (r *Run) Send(worker int, v any) error {
 	line, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
 	failed := fmt.Errorf("no worker %d has a channel now", worker)
-	err = r.do(func() {
+	if err := r.do(func() {
 		if worker < 1 || worker > len(r.places) {
 			return
 		}
 		if w := r.places[worker-1].worker; w.lives() && w.given.channel != nil {
 			failed = w.given.channel.send(line)
 		}
-	})
-	return errors.Join(err, failed)
+	}); err != nil {
+		return err
+	}
+	return failed
 }
 
 // A change is what Scale or Reload does over many turns of the loop.
@@ -165,14 +173,22 @@ func (r *Run) makeChange(ctx context.Context, begin func() (*change, error)) err
 				r.change = c
 			}
 		}
-	}); e != nil || err != nil {
-		return errors.Join(e, err)
+	}); e != nil {
+		return e
+	}
+	if err != nil {
+		return err
 	}
 	select {
 	case err := <-c.done:
 		return err
 	case <-r.done:
-		return ErrOver
+		select {
+		case err := <-c.done: // it was ended first
+			return err
+		default:
+			return ErrOver
+		}
 	case <-ctx.Done():
 	}
 	r.do(func() {
@@ -277,7 +293,7 @@ func (r *Run) Reload(ctx context.Context) error {
 						fresh = p.worker
 					}
 					return false, nil
-				case !fresh.lives():
+				case !fresh.lives() && (p.next == fresh || !fresh.ready):
 					if p.next == fresh {
 						p.next = nil
 					}

@@ -33,7 +33,8 @@ const (
 )
 
 // An Event is one thing that happened. Which fields have a meaning depends on
-// the type.
+// the type. All that a worker did comes between its start and the end of the run;
+// messages that it sent before it ended may come after its exit.
 type Event struct {
 	Time    time.Time
 	Type    EventType

@@ -2,6 +2,7 @@ package pgroup
 
 import (
 	"cmp"
+	"fmt"
 	"os"
 	"strconv"
 	"time"
@@ -28,8 +29,13 @@ func (r *Run) give(w *worker) (msgs []message, err error) {
 			g.close()
 		}
 	}()
+	closed := error(nil)
 	file := func(number int, f *os.File) {
-		msgs = append(msgs, message{kind: msgFile, worker: int32(w.id), a: int64(number), fd: int(f.Fd())})
+		fd := int(f.Fd())
+		if fd < 0 { // the user's: he thought that no worker would need it again
+			closed = fmt.Errorf("cannot give the worker its descriptor %d: %w", number, os.ErrClosed)
+		}
+		msgs = append(msgs, message{kind: msgFile, worker: int32(w.id), a: int64(number), fd: fd})
 	}
 	if r.spec.Stdin != nil {
 		file(0, r.spec.Stdin)
@@ -100,7 +106,7 @@ func (r *Run) give(w *worker) (msgs []message, err error) {
 	if len(env) > 0 {
 		msgs = append(msgs, envMessage(w.id, env))
 	}
-	return msgs, nil
+	return msgs, closed
 }
 
 // handedOver closes what the leader has now.
@@ -124,11 +130,20 @@ func (g *given) close() {
 	}
 }
 
+// tell lets the worker's own word through, now that its start, or that it failed,
+// was told.
+func (w *worker) tell() {
+	select {
+	case <-w.known:
+	default:
+		close(w.known)
+	}
+}
+
 // begun notes that w runs now.
 func (r *Run) begun(w *worker) {
 	switch {
-	case w.ready: // its word was here before the leader's
-		w.ready = false
+	case w.early:
 		r.becomeReady(w)
 	case w.given.notify != nil, w.given.ready != nil, r.primary != nil:
 	case r.spec.Ready.After > 0:
@@ -142,10 +157,11 @@ func (r *Run) becomeReady(w *worker) {
 	if w.ready || !w.lives() {
 		return
 	}
-	w.ready, w.readyAt = true, time.Time{}
 	if w.state == starting {
+		w.early = true
 		return
 	}
+	w.ready, w.readyAt = true, time.Time{}
 	if r.spec.Ready != (Ready{}) || r.primary != nil { // else it is what start means
 		r.event(Event{Type: EventReady, Worker: w.place.n, PID: w.pid})
 	}
@@ -167,7 +183,9 @@ func (r *Run) openChannel(w *worker) (theirs *os.File, err error) {
 	if r.primary != nil {
 		r.primary.join(w.id, c, func() { r.post(func() { r.becomeReady(w) }) })
 	}
+	r.serving++
 	go func() {
+		<-w.known
 		err := c.serve(func(line []byte, internal bool) {
 			switch {
 			case !internal:
@@ -179,9 +197,12 @@ func (r *Run) openChannel(w *worker) (theirs *os.File, err error) {
 		if r.primary != nil {
 			r.primary.leave(w.id) // not sooner: its last word may be an answer
 		}
-		if err != nil {
-			r.post(func() { r.event(Event{Type: EventChannel, Worker: w.place.n, Err: err}) })
-		}
+		r.post(func() {
+			r.serving--
+			if err != nil {
+				r.event(Event{Type: EventChannel, Worker: w.place.n, Err: err})
+			}
+		})
 	}()
 	return theirs, nil
 }

@@ -1,7 +1,17 @@
 // Package pgroup runs a command, or copies of it, so that nothing which they start
-// outlives the program that runs them. The launcher is this program; the leader
-// is its own binary started again (Init), and the parent of the workers. Each
-// holds what the other held if that is killed.
+// outlives the program that runs them, however that ends.
+//
+// The program is the launcher, which decides. The leader is its own binary started
+// again, which needs a call of [Init], and the parent of the workers. When one of
+// the two is killed, the other one ends all that was started. The program may use
+// os/exec beside it: no process is waited for that the package did not start, and
+// no signal is caught unless [Signals] is called.
+//
+// [Start] starts a run, which is over when nothing of it lives: a [Spec] says what
+// to run and how, an [Event] what happened, a [Status] what there is, a [Result]
+// how it ended. A worker learns who it is from [Me], and takes what it was given
+// with [OpenChannel], [Listeners], [PacketConns] or [ListenFiles]; it says that it
+// is ready with [ReportReady].
 package pgroup
 
 import (
@@ -44,6 +54,7 @@ func (s *Spec) startLeader() (pid, fd int, err error) {
 	}
 	defer unix.Close(theirs)
 	attr := &syscall.ProcAttr{
+		Dir:   s.Dir,
 		Env:   s.command().env,
 		Files: []uintptr{0, 1, 2, uintptr(theirs)},
 		Sys:   &syscall.SysProcAttr{Setsid: !s.TTY, Setpgid: s.TTY},

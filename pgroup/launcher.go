@@ -23,7 +23,8 @@ const (
 	over
 )
 
-// A Run is a started command or cluster. One goroutine owns its state.
+// A Run is a started command or cluster. One goroutine owns its state; its methods
+// may be called by any but that of Events.
 type Run struct {
 	spec     *Spec
 	began    time.Time
@@ -50,6 +51,7 @@ type Run struct {
 	sockets  *sockets
 	outputs  *outputs
 	primary  *primary
+	serving  int     // channels from which something may still come
 	change   *change // Scale, Restart or Reload at work
 	result   Result
 	decided  bool // the result is known, though workers live
@@ -61,10 +63,12 @@ type Run struct {
 	done     chan struct{}
 }
 
-// Start starts the run. When ctx is done, the run is stopped.
+// Start starts the run. When ctx is done, the run is stopped; if it is done
+// already, nothing is started.
 //
-// The run is over, and Wait returns, when nothing that it started lives any
-// more.
+// An error means that nothing was started: there is no command, or no call of
+// Init, a socket can't be opened, or the leader not be started. That the command
+// can't be is an error of Wait.
 func Start(ctx context.Context, spec *Spec) (*Run, error) {
 	if len(spec.Args) == 0 {
 		return nil, errors.New("pgroup: no command")
@@ -74,6 +78,11 @@ func Start(ctx context.Context, spec *Spec) (*Run, error) {
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
+	}
+	if spec.Dir != "" {
+		if _, err := os.Stat(spec.Dir); err != nil {
+			return nil, fmt.Errorf("cannot start workers in their directory: %w", err)
+		}
 	}
 	r := &Run{
 		spec:     spec,
@@ -174,6 +183,11 @@ func (r *Run) launch() (err error) {
 			r.config.flags |= flagTTY // there is one session, and the terminal is its
 		}
 		r.config.flags &^= flagPIDNS // we are in one
+		if r.spec.Dir != "" {
+			if err := os.Chdir(r.spec.Dir); err != nil {
+				return err
+			}
+		}
 		r.conn, err = localLeader(r.config, r.spec.command(), make(map[int]int), false)
 	} else {
 		pid, fd, first, ok := r.spec.takePrepared()
@@ -221,7 +235,14 @@ func (r *Run) sendLast() {
 	}
 }
 
-// Wait waits until the run is over.
+// Wait waits until the run is over, which is when nothing that it started lives
+// any more, and returns how it ended. It may be called any number of times.
+//
+// The error is not about how the command ended, nor that the run was stopped. It
+// is why the run could not go on: a worker could not be started (errors.Is knows
+// fs.ErrNotExist and fs.ErrPermission), was started again too often
+// (*GaveUpError), the leader was killed, or Stdout or Stderr did not take what
+// the workers wrote.
 func (r *Run) Wait() (Result, error) {
 	<-r.done
 	return r.result, r.failure
@@ -245,7 +266,7 @@ func (r *Run) loop() {
 				r.handle(m)
 			}
 			r.advance()
-			if closed && r.phase != over {
+			if closed && r.phase != over && !(r.last && r.empty) {
 				r.leaderGone()
 			}
 		case s := <-signals:
@@ -290,6 +311,7 @@ func (r *Run) handle(m message) {
 			releaseStreams(r.spec)
 		}
 		r.event(Event{Type: EventStart, Worker: w.place.n, PID: w.pid})
+		w.tell()
 		if r.spec.Timeout > 0 && w.id == 1 {
 			r.timeout.Reset(r.spec.Timeout)
 		}
@@ -389,7 +411,9 @@ func (r *Run) advance() {
 	}
 	r.sendLast()
 	if r.empty || r.starts == 0 {
-		r.finish()
+		if r.serving == 0 { // all that the workers said was heard
+			r.finish()
+		}
 		return
 	}
 	if r.phase == working {

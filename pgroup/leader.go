@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -105,7 +106,7 @@ func leaderMain() {
 	CloseInherited(leaderConn) // Prepare left that to us
 	unix.CloseOnExec(leaderConn)
 	l := &leader{
-		command:  command{env: os.Environ()},
+		command:  command{env: setEnv(os.Environ(), leaderVar, strconv.Itoa(unix.Getpid()))},
 		conn:     newConn(leaderConn, false),
 		fd:       leaderConn,
 		process:  true,

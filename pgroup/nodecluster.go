@@ -203,7 +203,7 @@ func (p *primary) share(w *nodeWorker, s *nodeSocket, line []byte) {
 	switch err := w.channel.sendCopy(line, s.fd, again); err {
 	case nil, ErrChannelClosed:
 	case ErrChannelFull:
-		w.channel.close() // as for any answer that is not read
+		w.channel.fail(err) // as for any answer that is not read
 	default:
 		again()
 	}

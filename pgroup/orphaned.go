@@ -21,11 +21,12 @@ func (r *Run) leaderGone() {
 		}
 		r.failure = fmt.Errorf("the leader (pid %d) %s: stopped the command", r.leader, how)
 	}
+	leader := r.leader
 	r.leader = 0
 	r.conn.close()
 	r.cancelRestarts()
 	if !r.spec.Dedicated {
-		r.hunt()
+		r.hunt(leader)
 		return
 	}
 	pids := make(map[int]int)
@@ -81,42 +82,44 @@ func (r *Run) lastResort() {
 	for _, w := range r.workers {
 		r.lost(w)
 	}
-	r.finish()
+	r.empty = true
 }
 
 // lost is for a worker that has ended, nobody knows how.
 func (r *Run) lost(w *worker) {
 	w.state = ended
 	w.given.close()
+	w.tell()
 	delete(r.workers, w.id)
-	if p := w.place; p.worker == w && !p.over {
+	switch p := w.place; {
+	case p.next == w: // its old one may live, and its end is that of the place
+		p.next = nil
+	case p.worker == w && !p.over:
 		r.fillNot(p)
 	}
 }
 
 // hunt ends what lives when the leader was killed and its children are init's,
 // because this process is no subreaper: other children of its own would become
-// orphans of ours too. It finds them by their environment.
-func (r *Run) hunt() {
-	asked := time.Now()
-	sig := r.spec.stopSignal()
-	if r.spec.Grace <= 0 {
-		sig = unix.SIGKILL
+// orphans of ours too. It finds them by their session and their environment.
+func (r *Run) hunt(leader int) {
+	sig, told := r.spec.stopSignal(), make(map[int]bool)
+	found := orphansOf(leader)
+	if len(found) > 0 && !r.stopped {
+		r.event(Event{Type: EventStop, Reason: "leader", Signal: sig, Grace: r.spec.Grace})
 	}
-	told := make(map[int]bool)
-	for {
-		found := ours()
-		if len(found) == 0 {
-			break
-		}
-		if sig != unix.SIGKILL && time.Since(asked) > r.spec.Grace {
+	r.stopped = true
+	for asked := time.Now(); len(found) > 0; found = orphansOf(leader) {
+		if sig != unix.SIGKILL && time.Since(asked) >= r.spec.Grace {
 			sig = unix.SIGKILL
 			clear(told)
+			r.result.Escalated = true
+			r.event(Event{Type: EventEscalate})
 		}
 		for _, p := range found {
 			if !told[p.pid] {
 				told[p.pid] = true
-				p.signalOurs(sig)
+				p.signalOrphan(sig, leader)
 			}
 		}
 		time.Sleep(sweepPause)
@@ -125,12 +128,12 @@ func (r *Run) hunt() {
 		w.err = r.failure
 		r.lost(w)
 	}
-	r.finish()
+	r.empty = true
 }
 
-// ours returns the processes, of all that there are, that were started by this
-// launcher's leader.
-func ours() (found []process) {
+// orphansOf returns the processes, of all that there are, that the leader has
+// started or that descend from such.
+func orphansOf(leader int) (found []process) {
 	fd, err := openProc(".")
 	if err != nil {
 		return nil
@@ -140,7 +143,7 @@ func ours() (found []process) {
 	names, _ := dir.Readdirnames(-1)
 	for _, name := range names {
 		pid, err := strconv.Atoi(name)
-		if err != nil || pid == unix.Getpid() || !isOurs(pid) {
+		if err != nil || pid == unix.Getpid() || !isOrphanOf(pid, leader) {
 			continue
 		}
 		if p, err := stat(pid); err == nil && p.state != 'Z' {
@@ -150,19 +153,25 @@ func ours() (found []process) {
 	return found
 }
 
-func isOurs(pid int) bool {
+// isOrphanOf reports whether pid is in the leader's session, or began in an
+// environment that the leader made. The launcher's pid is not enough: it may have
+// other leaders.
+func isOrphanOf(pid, leader int) bool {
+	if sid, err := unix.Getsid(pid); err == nil && sid == leader {
+		return true
+	}
 	env, err := readFile(strconv.Itoa(pid)+"/environ", nil)
-	return err == nil && value(env, startVar) != "" && value(env, pidVar) == strconv.Itoa(unix.Getpid())
+	return err == nil && value(env, pidVar) == strconv.Itoa(unix.Getpid()) && value(env, leaderVar) == strconv.Itoa(leader)
 }
 
-// signalOurs signals p if its number is still that of a process of ours.
-func (p process) signalOurs(sig syscall.Signal) {
+// signalOrphan signals p if its number is still that of such a process.
+func (p process) signalOrphan(sig syscall.Signal, leader int) {
 	fd, err := unix.PidfdOpen(p.pid, 0)
 	if err != nil {
 		return
 	}
 	defer unix.Close(fd)
-	if isOurs(p.pid) {
+	if isOrphanOf(p.pid, leader) {
 		unix.PidfdSendSignal(fd, sig, nil, 0)
 		unix.PidfdSendSignal(fd, unix.SIGCONT, nil, 0)
 	}

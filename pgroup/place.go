@@ -27,10 +27,12 @@ type worker struct {
 	by     syscall.Signal     // suspended
 
 	ready   bool
+	early   bool      // it said that it is ready before the leader said that it was started
 	readyAt time.Time // after this time, if that is what makes it ready
 	asked   time.Time // when a signal that may end it was last relayed
 	given   given
-	lastTry bool // it has ended, and was restarted often enough
+	known   chan struct{} // closed once its start, or that it failed, was told
+	lastTry bool          // it has ended, and was restarted often enough
 
 	step     step      // of its own stop, which is no stop of the run
 	deadline time.Time // of that step
@@ -108,6 +110,7 @@ func (r *Run) exited(w *worker) time.Duration {
 	w.state = ended
 	w.step, w.deadline = untouched, time.Time{}
 	w.given.close()
+	w.tell()
 	p := w.place
 	switch {
 	case p.next == w: // the reload sees it
@@ -163,7 +166,7 @@ func (r *Run) fill(p *place) {
 // start starts a worker for p, and returns it.
 func (r *Run) start(p *place) *worker {
 	r.starts++
-	w := &worker{id: r.starts, place: p, state: starting}
+	w := &worker{id: r.starts, place: p, state: starting, known: make(chan struct{})}
 	r.workers[w.id] = w
 	msgs, err := r.give(w)
 	if err != nil {
@@ -182,7 +185,7 @@ func (r *Run) notStarted(w *worker, err error) {
 	delay := r.exited(w)
 	r.event(Event{Type: EventFail, Worker: w.place.n, Err: err, Restart: delay})
 	delete(r.workers, w.id)
-	if w.place.restarts == 0 && w.place.next != w && !r.ending() {
+	if w.id <= max(1, r.spec.Workers) && !r.ending() { // later ones are Scale's and Reload's errors
 		// The command can't be executed, or the machine has no room for it.
 		r.decided = true
 		r.stop("fail")

@@ -38,7 +38,7 @@ func Discard() {
 // the place of the command in its arguments.
 func (s *Spec) takePrepared() (pid, fd, first int, ok bool) {
 	first = len(os.Args) - len(s.Args)
-	if prepared.pid <= 0 || !s.Dedicated || s.TTY || s.PIDNamespace || s.Env != nil ||
+	if prepared.pid <= 0 || !s.Dedicated || s.TTY || s.PIDNamespace || s.Env != nil || s.Dir != "" ||
 		first < 1 || !slices.Equal(os.Args[first:], s.Args) {
 		Discard()
 		return 0, 0, 0, false

@@ -38,7 +38,9 @@ func (l *leader) walkRemains(worker int, visit func(p process, late bool)) {
 	its := make(map[int]bool)
 	// All of it has been re-parented to us, or is below what was.
 	walkAll(l.living(), func(p process, late bool) {
-		if only || its[p.ppid] || p.pgid == of.pgid || l.startOf(p.pid) == worker {
+		// The number of its group may be another worker's daemon's by now.
+		start := l.startOf(p.pid)
+		if only || its[p.ppid] || start == worker || start == 0 && p.pgid == of.pgid {
 			its[p.pid] = true
 			visit(p, late)
 		}

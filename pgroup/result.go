@@ -30,7 +30,8 @@ type Result struct {
 	// Signal is SIGKILL.
 	TimedOut bool
 
-	// Escalated is whether workers outlived the grace period and were killed.
+	// Escalated is whether the grace period of a stop was over before all workers
+	// had ended, so that they were sent SIGKILL. With no grace period it always is.
 	Escalated bool
 }
 

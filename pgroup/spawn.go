@@ -23,7 +23,8 @@ const (
 	workerVar    = "PGROUP_WORKER"
 	workersVar   = "PGROUP_WORKERS"
 	pidVar       = "PGROUP_PID"
-	startVar     = "PGROUP_START" // of all starts of the run; what a worker leaves behind is known by it
+	leaderVar    = "PGROUP_LEADER" // its pid
+	startVar     = "PGROUP_START"  // of all starts of the run; what a worker leaves behind is known by it
 	listenFDsVar = "LISTEN_FDS"
 	listenPIDVar = "LISTEN_PID"
 	namesVar     = "LISTEN_FDNAMES"

@@ -17,21 +17,25 @@ type Spec struct {
 
 	// Env is the workers' environment, that of this process if nil. To it come
 	// PGROUP_WORKER (the worker's number, from 1), PGROUP_WORKERS (how many
-	// there are), PGROUP_PID (the launcher's pid) and PGROUP_START (how many
-	// times the run has started a worker, this one included).
+	// there are), PGROUP_PID (the launcher's pid), PGROUP_LEADER (the leader's) and
+	// PGROUP_START (how many times the run has started a worker, this one included).
 	Env []string
+
+	// Dir is the directory that the workers begin in, this process's if empty.
+	Dir string
 
 	// Stdin, Stdout and Stderr are the workers' standard streams; nil is
 	// /dev/null or, if Dedicated, this process's own. Anything but an *os.File
 	// is written to by one goroutine at a time, and the run is not over before
-	// it has taken all.
+	// it has taken all. An *os.File is the worker's own, and has to stay open while
+	// workers may be started.
 	Stdin          *os.File
 	Stdout, Stderr io.Writer
 
 	// Label begins each line of the workers' output with the worker's number.
 	Label bool
 
-	// Workers is how many copies of the command run; 0 means 1.
+	// Workers is how many copies of the command run; less than 1 means 1.
 	Workers int
 
 	// Restart is when an ended worker is started again: after 100 ms, and after
@@ -102,8 +106,8 @@ type Spec struct {
 	// moves to /, and gives up its standard streams once the workers have them.
 	// As PID 1 it is the leader too.
 	//
-	// In any other program, what has left its group when the leader is killed
-	// is found by its environment alone.
+	// In any other program, when the leader is killed, what it held is found by its
+	// session, and what has left that by its environment alone.
 	Dedicated bool
 
 	// KeepStderr keeps a dedicated program's standard error open even if it is a
@@ -123,8 +127,9 @@ type Spec struct {
 	// process stops too (TSTP), unless nobody would continue it.
 	Signals <-chan Signal
 
-	// Events is called for each event, by one goroutine. It must not block, nor
-	// wait for a method of the Run.
+	// Events is called for each event, one at a time, the first perhaps before Start
+	// has returned. It must not block: the run does nothing meanwhile. So it must
+	// not call a method of the Run either, but leave that to another goroutine.
 	Events func(Event)
 }
 

@@ -1,6 +1,7 @@
 package pgroup
 
 import (
+	"slices"
 	"syscall"
 	"time"
 
@@ -79,6 +80,7 @@ func (r *Run) disconnect() bool {
 		}
 	}
 	r.primary.last()
+	r.signal(r.target(), unix.SIGCONT, false) // who is stopped hears of nothing
 	r.halfTime = time.Now().Add(r.spec.Grace / 2)
 	return true
 }
@@ -98,7 +100,8 @@ func (r *Run) startGrace(reason string, sig syscall.Signal) {
 // judge stops the run if the end of w is a reason to. It is how the run ended
 // then.
 func (r *Run) judge(w *worker) {
-	if !w.place.over || w.place.worker != w || r.stopped {
+	p := w.place
+	if !p.over || p.worker != w || r.stopped || !slices.Contains(r.places, p) { // scaled down
 		return
 	}
 	reason := ""
