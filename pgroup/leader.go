@@ -77,6 +77,7 @@ type leader struct {
 	stubErrors map[int]syscall.Errno // by pid
 
 	suspended map[int]bool // workers
+	asked     int          // when the groups had the stop signal, in ticks; 0 if never
 
 	adopted int
 	killed  int
@@ -304,6 +305,9 @@ func (l *leader) signal(worker, whom int, sig syscall.Signal) {
 			refused, why = refused+1, err
 		}
 	}
+	if whom == toGroups && worker == 0 && sig == l.stopSignal {
+		l.asked = bootTicks()
+	}
 	live := make(map[int]bool)
 	for id, pid := range l.workers {
 		live[pid] = true
@@ -333,6 +337,9 @@ func (l *leader) signal(worker, whom int, sig syscall.Signal) {
 	case whom == toStrays || whom == toAll || whom == toGroups && worker == 0 && len(l.groups) > len(live):
 		walkAll(nil, func(p process, late bool) {
 			ours := l.groups[p.pgid]
+			if whom == toStrays && l.asked > 0 && p.started >= l.asked {
+				ours = false // it was forked after its group had the signal
+			}
 			if late {
 				return // started by one that has the signal, to act on it
 			}

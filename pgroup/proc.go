@@ -16,6 +16,7 @@ type process struct {
 	pgid    int
 	tpgid   int // the foreground group of its controlling terminal
 	threads int
+	started int  // ticks after the boot, see bootTicks
 	state   byte // as in proc_pid_stat(5): Z is a zombie, T stopped
 }
 
@@ -29,7 +30,7 @@ func parseStat(text []byte) (p process, err error) {
 		return p, errProcStat
 	}
 	f := bytes.Fields(text[end+1:])
-	if len(f) < 18 || len(f[0]) != 1 {
+	if len(f) < 20 || len(f[0]) != 1 {
 		return p, errProcStat
 	}
 	p.state = f[0][0]
@@ -37,7 +38,7 @@ func parseStat(text []byte) (p process, err error) {
 		text []byte
 		to   *int
 	}{
-		{text[:open-1], &p.pid}, {f[1], &p.ppid}, {f[2], &p.pgid}, {f[5], &p.tpgid}, {f[17], &p.threads},
+		{text[:open-1], &p.pid}, {f[1], &p.ppid}, {f[2], &p.pgid}, {f[5], &p.tpgid}, {f[17], &p.threads}, {f[19], &p.started},
 	} {
 		if *n.to, err = strconv.Atoi(string(n.text)); err != nil {
 			return p, errProcStat

@@ -185,6 +185,7 @@ func (r *Run) retire(w *worker, reason string) {
 		r.stepOn(w, now)
 	case r.primary != nil:
 		r.primary.disconnect(w.id)
+		r.conn.send(signalMessage(w.id, toGroups, unix.SIGCONT, false)) // who is stopped hears of nothing
 		w.step, w.deadline = disconnected, now.Add(r.spec.Grace/2)
 	default:
 		r.askWorker(w)

@@ -184,6 +184,14 @@ func poll(fds []unix.PollFd, deadline time.Time) error {
 	})
 }
 
+// bootTicks returns the time since the boot in the unit that /proc/PID/stat has
+// it: hundredths of a second on every architecture that Go knows.
+func bootTicks() int {
+	var ts unix.Timespec
+	unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
+	return int(ts.Nano() / 1e7)
+}
+
 // socketPair returns the two ends of a Unix stream socket pair, both closed on
 // exec.
 func socketPair() (a, b int, err error) {
