@@ -232,6 +232,9 @@ func (r *Run) sendLast() {
 	if !r.last {
 		r.last = true
 		r.conn.send(message{kind: msgLast})
+		if r.leader == 0 && r.starts > 0 && r.spec.Dedicated && r.count(starting) == 0 {
+			releaseStreams(r.spec) // they were the leader's too
+		}
 	}
 }
 
@@ -253,9 +256,8 @@ func (r *Run) loop() {
 	defer close(r.done)
 	for r.phase != over {
 		// Signals wait until every worker that was started is known: who sends
-		// one to a worker that says it is ready does not outrun that news. Nor
-		// does the worker's own word.
-		signals, calls := r.spec.Signals, r.calls
+		// one to a worker that says it is ready does not outrun that news.
+		signals := r.spec.Signals
 		if r.count(starting) > 0 {
 			signals = nil
 		}
@@ -271,7 +273,7 @@ func (r *Run) loop() {
 			}
 		case s := <-signals:
 			r.received(s)
-		case call := <-calls:
+		case call := <-r.calls:
 			call()
 		case <-r.deadline.C:
 			r.escalate()

@@ -67,6 +67,7 @@ type leader struct {
 	first   int         // worker 1 of the living, which may have the terminal
 	next    map[int]*provision
 	gone    map[int]*remains // ended workers, until they are cleared
+	unsure  bool             // whether what executes a program just now is theirs
 	watch   *watcher
 	signals int // self-pipe, -1 if none
 	failed  int // what stubs could not do, -1 if there were none
@@ -239,6 +240,7 @@ func (l *leader) flush() {
 func (l *leader) receive() bool {
 	msgs, err := l.conn.receive()
 	started := false
+	remains := make(map[int]syscall.Signal) // one walk is for all of them
 	for _, m := range msgs {
 		switch m.kind {
 		case msgConfig:
@@ -265,6 +267,10 @@ func (l *leader) receive() bool {
 			}
 		case msgSignal:
 			whom, cont := parseWhom(m.b)
+			if whom == toRemains {
+				remains[int(m.worker)] = syscall.Signal(m.a)
+				continue
+			}
 			l.signal(int(m.worker), whom, syscall.Signal(m.a))
 			if cont { // a stopped process can't act on what it was sent
 				l.signal(int(m.worker), whom, unix.SIGCONT)
@@ -279,6 +285,7 @@ func (l *leader) receive() bool {
 			l.sweep()
 		}
 	}
+	l.signalRemains(remains)
 	if started {
 		l.catchSignals()
 		if !l.conn.pending() { // more starts
@@ -298,13 +305,8 @@ func (l *leader) receive() bool {
 // signal sends sig to whom the launcher means: of the one worker, or of all if
 // that is 0.
 func (l *leader) signal(worker, whom int, sig syscall.Signal) {
-	refused, why := 0, error(nil)
-	send := func(err error) {
-		// ESRCH: it has ended, and the news is on its way.
-		if err != nil && err != unix.ESRCH {
-			refused, why = refused+1, err
-		}
-	}
+	send, refused := l.sender()
+	defer refused()
 	if whom == toGroups && worker == 0 && sig == l.stopSignal {
 		l.asked = bootTicks()
 	}
@@ -327,14 +329,7 @@ func (l *leader) signal(worker, whom int, sig syscall.Signal) {
 	}
 	// The number of an ended worker may be another group's by now, unless a
 	// descendant is in it.
-	switch {
-	case whom == toRemains:
-		l.walkRemains(worker, func(p process, late bool) {
-			if !late {
-				send(p.signal(sig))
-			}
-		})
-	case whom == toStrays || whom == toAll || whom == toGroups && worker == 0 && len(l.groups) > len(live):
+	if whom == toStrays || whom == toAll || whom == toGroups && worker == 0 && len(l.groups) > len(live) {
 		walkAll(nil, func(p process, late bool) {
 			ours := l.groups[p.pgid]
 			if whom == toStrays && l.asked > 0 && p.started >= l.asked {
@@ -348,10 +343,25 @@ func (l *leader) signal(worker, whom int, sig syscall.Signal) {
 			}
 		})
 	}
-	if refused > 0 {
-		errno, _ := why.(syscall.Errno)
-		l.report(msgRefused, 0, int64(errno), int64(refused))
+}
+
+// sender returns what takes the error of each signal that is sent, and what
+// reports in the end how many were refused.
+func (l *leader) sender() (send func(error), report func()) {
+	refused, why := 0, error(nil)
+	send = func(err error) {
+		// ESRCH: it has ended, and the news is on its way.
+		if err != nil && err != unix.ESRCH {
+			refused, why = refused+1, err
+		}
 	}
+	report = func() {
+		if refused > 0 {
+			errno, _ := why.(syscall.Errno)
+			l.report(msgRefused, 0, int64(errno), int64(refused))
+		}
+	}
+	return send, report
 }
 
 // reap takes all news of the children.
@@ -487,7 +497,7 @@ func (l *leader) guard() {
 // wakeUp is when the leader has to look by itself.
 func (l *leader) wakeUp() time.Time {
 	for _, r := range l.gone {
-		if soon := time.Now().Add(sweepPause); r.kill && (l.deadline.IsZero() || soon.Before(l.deadline)) {
+		if soon := time.Now().Add(sweepPause); (r.kill || l.unsure) && (l.deadline.IsZero() || soon.Before(l.deadline)) {
 			return soon
 		}
 	}

@@ -11,7 +11,7 @@ func TestParseStat(t *testing.T) {
 	const rest = " S 7 8 9 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 3 0 100 0 0"
 	for _, name := range []string{"sh", "a b", ") S 1 1 1", "((", "x)\n("} {
 		got, err := parseStat([]byte("42 (" + name + ")" + rest))
-		want := process{pid: 42, ppid: 7, pgid: 8, tpgid: -1, threads: 3, state: 'S'}
+		want := process{pid: 42, ppid: 7, pgid: 8, tpgid: -1, threads: 3, started: 100, state: 'S'}
 		if err != nil || got != want {
 			t.Errorf("parseStat of a process named %q = %+v, %v; want %+v", name, got, err, want)
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,42 +26,84 @@ func (l *leader) living() map[int]bool {
 	return live
 }
 
-// walkRemains calls visit, as walkAll does, for each process that the ended
-// worker left behind: those in its group, those that have its environment, and
-// their descendants. What has neither is known to be its only if there was no
-// other worker; else it lives until the end of the run.
-func (l *leader) walkRemains(worker int, visit func(p process, late bool)) {
-	of := l.gone[worker]
-	if of == nil {
-		return
+// walkRemains calls visit, as walkAll does, for each process that an ended worker
+// left behind: those in its group, those that have its environment, and their
+// descendants. What has neither is known to be its only if there was no other
+// worker; else it lives until the end of the run. One walk is for all of them:
+// as many walks as workers would take the square of the time.
+//
+// It is unsure if there are others that will have an environment soon.
+func (l *leader) walkRemains(visit func(worker int, p process, late bool)) (unsure bool) {
+	only := 0 // what all that has been adopted is of
+	groups := make(map[int]int)
+	for worker, r := range l.gone {
+		groups[r.pgid] = worker
+		if len(l.workers) == 0 && len(l.gone) == 1 {
+			only = worker
+		}
 	}
-	only := len(l.workers) == 0 && len(l.gone) == 1
-	its := make(map[int]bool)
+	its := make(map[int]int)
 	// All of it has been re-parented to us, or is below what was.
 	walkAll(l.living(), func(p process, late bool) {
-		// The number of its group may be another worker's daemon's by now.
-		start := l.startOf(p.pid)
-		if only || its[p.ppid] || start == worker || start == 0 && p.pgid == of.pgid {
-			its[p.pid] = true
-			visit(p, late)
+		worker := only
+		if worker == 0 {
+			worker = its[p.ppid]
+		}
+		if worker == 0 {
+			// The number of a group may be another worker's daemon's by now.
+			start, executing := l.startOf(p.pid)
+			if worker = start; worker == 0 {
+				worker = groups[p.pgid]
+			}
+			unsure = unsure || worker == 0 && executing
+		}
+		if l.gone[worker] != nil {
+			its[p.pid] = worker
+			visit(worker, p, late)
+		}
+	})
+	return unsure
+}
+
+// signalRemains sends each of the workers' remains its signal, and then CONT.
+func (l *leader) signalRemains(signals map[int]syscall.Signal) {
+	if len(signals) == 0 {
+		return
+	}
+	send, refused := l.sender()
+	defer refused()
+	l.walkRemains(func(worker int, p process, late bool) {
+		if sig, ok := signals[worker]; ok && !late {
+			send(p.signal(sig))
+		}
+	})
+	l.walkRemains(func(worker int, p process, _ bool) {
+		if _, ok := signals[worker]; ok {
+			send(p.signal(unix.SIGCONT))
 		}
 	})
 }
 
 // startOf returns the start of ours in whose environment pid began, 0 if it isn't
-// known.
-func (l *leader) startOf(pid int) int {
-	env, err := readFile(strconv.Itoa(pid)+"/environ", nil)
+// known. In the middle of an execve(2) a process has no environment, and no
+// arguments: executing tells.
+func (l *leader) startOf(pid int) (start int, executing bool) {
+	dir := strconv.Itoa(pid)
+	env, err := readFile(dir+"/environ", nil)
 	if err != nil {
-		return 0 // it has become somebody else's (set-uid), or has ended
+		return 0, false // it has become somebody else's (set-uid), or has ended
+	}
+	if len(env) == 0 {
+		args, err := readFile(dir+"/cmdline", nil)
+		return 0, err == nil && len(args) == 0
 	}
 	for _, e := range l.env {
 		if v, ok := strings.CutPrefix(e, pidVar+"="); ok && v != value(env, pidVar) {
-			return 0 // of a launcher among our descendants
+			return 0, false // of a launcher among our descendants
 		}
 	}
-	start, _ := strconv.Atoi(value(env, startVar))
-	return start
+	start, _ = strconv.Atoi(value(env, startVar))
+	return start, false
 }
 
 // value returns that of the variable name in the text of /proc/PID/environ.
@@ -74,23 +117,31 @@ func value(environ []byte, name string) string {
 }
 
 // clear kills what has to be, and reports the workers of which nothing is left.
+// All of it is stopped first, as in a sweep.
 func (l *leader) clear() {
 	if len(l.gone) == 0 || l.empty || l.alone {
 		return
 	}
-	live := l.living()
-	adopted := 0
-	for _, pid := range children(unix.Getpid(), 0) {
-		if !live[pid] {
-			adopted++
-		}
+	found := make(map[int][]process)
+	l.unsure = false
+	if adopted, _ := l.adoptees(); adopted {
+		l.unsure = l.walkRemains(func(worker int, p process, _ bool) {
+			found[worker] = append(found[worker], p)
+			if l.gone[worker].kill {
+				p.signal(unix.SIGSTOP)
+			}
+		})
 	}
+	// What has ended since we read its parent's list may have forked before: it is
+	// looked for again when that was reaped.
+	_, zombies := l.adoptees()
 	for worker, r := range l.gone {
-		left := 0
-		if adopted > 0 {
-			left = l.clearOf(worker, r.kill)
+		for _, p := range found[worker] {
+			if r.kill && p.signal(unix.SIGKILL) == nil {
+				r.killed[p.pid] = true
+			}
 		}
-		if left == 0 {
+		if len(found[worker]) == 0 && !zombies && !l.unsure {
 			delete(l.gone, worker)
 			delete(l.groups, r.pgid)
 			l.report(msgCleared, worker, int64(len(r.killed)), 0)
@@ -98,22 +149,18 @@ func (l *leader) clear() {
 	}
 }
 
-// clearOf returns how many processes the worker has left behind, and kills them
-// if it should: all are stopped first, as in a sweep.
-func (l *leader) clearOf(worker int, kill bool) int {
-	var found []process
-	l.walkRemains(worker, func(p process, _ bool) {
-		found = append(found, p)
-		if kill {
-			p.signal(unix.SIGSTOP)
+// adoptees reports whether there are children that are no workers, and whether
+// some of them have ended and are still to be reaped.
+func (l *leader) adoptees() (any, zombies bool) {
+	live := l.living()
+	for _, pid := range children(unix.Getpid(), 0) {
+		if live[pid] {
+			continue
 		}
-	})
-	if kill {
-		for _, p := range found {
-			if p.signal(unix.SIGKILL) == nil {
-				l.gone[worker].killed[p.pid] = true
-			}
+		any = true
+		if p, err := stat(pid); err == nil && p.state == 'Z' && p.threads <= 1 {
+			zombies = true
 		}
 	}
-	return len(found)
+	return any, zombies
 }

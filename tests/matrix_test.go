@@ -3,6 +3,7 @@ package tests
 import (
 	"flag"
 	"fmt"
+	"math/rand/v2"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -14,8 +15,11 @@ import (
 	"time"
 )
 
-var launchersFlag = flag.String("launchers", "pgroup,pgroup-pidns",
-	"for TestOrphanMatrix: the launchers to measure, of "+launcherNames()+"; only pgroup's have to be clean")
+var (
+	launchersFlag = flag.String("launchers", "pgroup,pgroup-pidns,pgroup-cluster",
+		"for TestOrphanMatrix: the launchers to measure, of "+launcherNames()+"; only pgroup's have to be clean")
+	wholeFlag = flag.Bool("whole", false, "for TestOrphanMatrix: every end for pgroup-cluster too, not only some")
+)
 
 // A launcher is a program that starts a command, with the flags that make it
 // leave as little as it can.
@@ -23,6 +27,7 @@ type launcher struct {
 	name    string
 	argv    []string // the command follows
 	timeout []string // the same, with a timeout of 1 s; nil if it has none
+	workers int      // how many trees it starts, again when one ends; 0 is one, once
 }
 
 var launchers = []launcher{
@@ -35,6 +40,12 @@ var launchers = []launcher{
 		name:    "pgroup-pidns",
 		argv:    []string{"pgroup", "run", "--contain", "pidns", "--grace", "300ms"},
 		timeout: []string{"pgroup", "run", "--contain", "pidns", "--grace", "300ms", "--timeout", "1s"},
+	},
+	{
+		name:    "pgroup-cluster",
+		argv:    []string{"pgroup", "run", "-n", "4", "--restart", "always", "--grace", "300ms"},
+		timeout: []string{"pgroup", "run", "-n", "4", "--restart", "always", "--grace", "300ms", "--timeout", "1s"},
+		workers: 4,
 	},
 	{name: "tini", argv: []string{"tini", "-s", "-g", "--"}},
 	{name: "dumb-init", argv: []string{"dumb-init", "--"}},
@@ -61,6 +72,9 @@ func launcherNames() string {
 	}
 	return strings.Join(names, ",")
 }
+
+// trees returns how many trees the launcher starts.
+func (l launcher) trees() int { return max(1, l.workers) }
 
 func (l launcher) ours() bool { return strings.HasPrefix(l.name, "pgroup") }
 
@@ -115,6 +129,15 @@ var ends = []end{
 	{name: "window", window: windowJob, strike: func(c *cell) { c.window.Close() }, grace: graceOfMembers},
 	{name: "window-e", window: windowRoot, strike: func(c *cell) { c.window.Close() }, grace: graceOfMembers},
 	{name: "itself", strike: (*cell).tell, grace: graceOfMembers},
+	{name: "itself+TERM", strike: (*cell).tellAndTerm, grace: graceOfMembers},
+}
+
+// tellAndTerm lets one tree's root end, and ends the launcher at a moment at which
+// the rest of that tree is stopped, or has been and the next one starts.
+func (c *cell) tellAndTerm() {
+	c.tell()
+	time.Sleep(rand.N(600 * time.Millisecond))
+	c.signal(syscall.SIGTERM)
 }
 
 // possible reports whether launcher l can come to the end e.
@@ -127,8 +150,13 @@ func (e end) possible(l launcher) bool {
 	case "KILL-both":
 		// Nothing but the kernel is left to end the tree.
 		return l.name == "pgroup-pidns"
+	case "itself":
+		return l.workers == 0 // else there is another tree
+	case "itself+TERM":
+		return l.workers > 0
 	}
-	return true
+	// 14 kinds of tree, 4 times each: all of them take some 20 s.
+	return l.workers == 0 || *wholeFlag || e.name == "TERM" || e.name == "KILL-launcher" || e.name == "KILL-leader"
 }
 
 func (c *cell) killLeader() {
@@ -193,7 +221,9 @@ func (m matrix) clean(keep func(kind, end string) bool) string {
 	return fmt.Sprintf("%d/%d", clean, all)
 }
 
-// TestOrphanMatrix starts every kind of tree and brings it to every end.
+// TestOrphanMatrix starts every kind of tree and brings it to every end. Where
+// pgroup starts four of them, and again when they end, it does so for a few of the
+// ends, and for all with -whole.
 func TestOrphanMatrix(t *testing.T) {
 	if !inPidNamespace(t, 4) {
 		usedRole(t, "session")
@@ -254,18 +284,19 @@ func runCell(t *testing.T, l launcher, k kind, e end) result {
 	if !l.ours() {
 		limit = 2 * time.Second
 	}
-	c := startCell(t, l.command(t, k, e), e.window, k.ready)
+	c := startCell(t, l.command(t, k, e), e.window, l.trees()*k.ready)
+	members := l.trees() * k.members
 	c.awaitUp()
-	if n := len(c.members()); n != k.members && !k.loose {
-		t.Errorf("%d members, want %d", n, k.members)
+	if n := len(c.members()); n != members && !k.loose {
+		t.Errorf("%d members, want %d", n, members)
 	}
-	r := result{members: k.members}
+	r := result{members: members}
 	e.strike(c)
 	r.survivors, r.hangs = c.await(limit)
-	r.survivors = min(r.survivors, k.members)
+	r.survivors = min(r.survivors, members)
 	if k.name == "graceful" {
 		cleaned, _ := filepath.Glob(filepath.Join(c.dir, "cleaned-*"))
-		r.abrupt = len(cleaned) < e.grace(l)
+		r.abrupt = len(cleaned) < e.grace(l)*l.trees()
 	}
 	if l.ours() && (!r.clean() || r.abrupt) {
 		t.Errorf("%d of %d survive, launcher hangs: %t, grace denied: %t\n%s",

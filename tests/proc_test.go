@@ -52,7 +52,7 @@ func inPidNamespace(t *testing.T, parallel int) bool {
 	}
 	flag.Visit(func(f *flag.Flag) {
 		switch f.Name {
-		case "launchers", "chaos", "seed", "test.short":
+		case "launchers", "chaos", "seed", "restarts", "whole", "test.short":
 			args = append(args, "-"+f.Name+"="+f.Value.String())
 		}
 	})

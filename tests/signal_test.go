@@ -179,13 +179,20 @@ var buildRecord = sync.OnceValues(func() (string, error) {
 // each signal: see testdata/record.c.
 type recording struct {
 	*job
-	worker int
-	got    map[int]map[syscall.Signal]int // pid → signal → how often
+	worker  int // one of workers
+	workers []int
+	got     map[int]map[syscall.Signal]int // pid → signal → how often
 }
 
 // record starts `pgroup run flags… record children` and waits for every
 // member to listen.
 func record(t *testing.T, children int, flags ...string) *recording {
+	t.Helper()
+	return recordWorkers(t, 1, children, flags...)
+}
+
+// recordWorkers does the same where flags make it so many workers.
+func recordWorkers(t *testing.T, workers, children int, flags ...string) *recording {
 	t.Helper()
 	bin, err := buildRecord()
 	if err != nil {
@@ -194,9 +201,9 @@ func record(t *testing.T, children int, flags ...string) *recording {
 	args := append(slices.Clone(flags), "--", bin, strconv.Itoa(children))
 	cmd := pgroupRun(args...)
 	cmd.Env = append(os.Environ(), "GOGC=1") // so that the runtime interrupts itself often
-	r := &recording{startJob(t, cmd), 0, map[int]map[syscall.Signal]int{}}
+	r := &recording{job: startJob(t, cmd), got: map[int]map[syscall.Signal]int{}}
 	parent := map[int]int{}
-	for len(r.got) < children+1 {
+	for len(r.got) < workers*(children+1) {
 		pid, _, from := r.next()
 		r.got[pid] = map[syscall.Signal]int{}
 		parent[pid] = from
@@ -205,6 +212,7 @@ func record(t *testing.T, children int, flags ...string) *recording {
 	for pid := range r.got {
 		if r.got[parent[pid]] == nil {
 			r.worker = pid
+			r.workers = append(r.workers, pid)
 		}
 	}
 	return r

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"syscall"
 
 	"pgroup/pgroup"
@@ -21,6 +22,7 @@ type runFlags struct {
 	NodeCluster bool      `group:"cluster" help:"Be the primary of Node's cluster module: an unmodified Node server scales over the workers."`
 	Ready       ready     `placeholder:"HOW" group:"cluster" help:"When a worker counts as ready: notify (NOTIFY_SOCKET), fd (a newline to PGROUP_READY_FD) or a duration; else when it was started."`
 	Label       bool      `group:"cluster" help:"Begin each output line with the worker's number."`
+	Pidfile     *string   `short:"p" placeholder:"PATH" group:"service" help:"Hold a locked pid file, and be there for the other verbs."`
 	Timeout     duration  `short:"t" placeholder:"D" help:"Stop after this time."`
 	Grace       duration  `short:"g" placeholder:"D" default:"10s" help:"From a stop to SIGKILL (${default}); 0: at once."`
 	StopSignal  sig       `short:"s" placeholder:"SIG" default:"TERM" help:"What a stop sends first (${default})."`
@@ -36,6 +38,7 @@ type runFlags struct {
 
 type runCmd struct {
 	runFlags
+	Starter int `hidden:"" help:"The descriptor of a pgroup start that waits for us, and of standard error's other end."`
 }
 
 // Help is what pgroup run --help says below the first line.
@@ -49,14 +52,13 @@ executed, 127 if it isn't found. If COMMAND died of a signal, so does pgroup.
 A duration is 1m30s, 300ms, or seconds (1.5), which may end in s, m, h or d.`
 }
 
-func (c *runCmd) Run() error {
-	if len(c.Command) == 0 {
-		return errors.New("no command given: pgroup run [FLAGS] [--] COMMAND [ARG...]")
-	}
+func (c *runCmd) Run(line commandLine) error {
+	c.Command = line.command
 	spec, err := c.spec()
 	if err != nil {
 		return err
 	}
+	from := takeStarter(c.Starter)
 	events := -1
 	if c.Events != nil {
 		if events, err = openEvents(*c.Events); err != nil {
@@ -69,19 +71,59 @@ func (c *runCmd) Run() error {
 	if spec.Signals, err = pgroup.Signals(); err != nil {
 		return withAdvice(err)
 	}
+	var service *service
+	if c.Pidfile != nil {
+		if service, err = openService(*c.Pidfile); err != nil {
+			from.refuse(err)
+			return err
+		}
+		spec.Hold = []*os.File{service.lock}
+		spec.Elastic = true
+	}
+	if from != nil {
+		// Standard error is a pipe of ours. Who writes to it while it stops, when
+		// we were killed, must not die of that.
+		spec.Hold = append(spec.Hold, from.stderr)
+		spec.KeepStderr = true
+	}
 	log := newEventLog(events, c.Verbose, c.cluster())
+	if service != nil {
+		log.control = service.control
+	}
+	// Without --ready, a worker speaks to the service manager itself.
+	log.manager = from == nil && spec.Ready != (pgroup.Ready{}) && os.Getenv("NOTIFY_SOCKET") != ""
 	spec.Events = log.event
 	run, err := pgroup.Start(context.Background(), spec)
 	if err != nil {
+		if service != nil {
+			service.close()
+		}
 		return withAdvice(err)
+	}
+	if service != nil {
+		service.control.serve(run)
+	}
+	if from != nil {
+		go from.serve(run)
+	}
+	if log.manager {
+		go tellManager(run)
 	}
 	result, err := run.Wait()
 	log.close(withAdvice(err))
+	if service != nil {
+		if err := service.close(); err != nil {
+			pgroup.Write(2, message(err))
+		}
+	}
 	result.Exit()
 	return nil
 }
 
 func (c *runFlags) spec() (*pgroup.Spec, error) {
+	if len(c.Command) == 0 {
+		return nil, errors.New("no command given: what follows the flags is the command to run")
+	}
 	spec := &pgroup.Spec{
 		Args:           c.Command,
 		Workers:        c.Workers.value,

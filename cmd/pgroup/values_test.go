@@ -47,7 +47,7 @@ func FuzzMapping(f *testing.F) {
 }
 
 func TestSplitCommand(t *testing.T) {
-	parser := newParser()
+	parser := newParser(new(cli))
 	for _, test := range []struct{ args, ours, command string }{
 		{"run cmd -t 9", "run", "cmd -t 9"},
 		{"run -- cmd -- x", "run", "cmd -- x"},
@@ -64,6 +64,9 @@ func TestSplitCommand(t *testing.T) {
 		{"run - x", "run", "- x"},
 		{"run -t", "run -t", ""},
 		{"run --", "run", ""},
+		{"start -p x --wait 5 cmd --log y", "start -p x --wait 5", "cmd --log y"},
+		{"restart --log y -- cmd", "restart --log y", "cmd"},
+		{"signal -p x TERM", "signal -p x TERM", ""},
 		{"--help", "--help", ""},
 		{"", "", ""},
 	} {
