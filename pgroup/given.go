@@ -100,7 +100,7 @@ func (r *Run) give(w *worker) (msgs []message, err error) {
 		file(next, theirs)
 		env = append(env, readyFDVar+"="+strconv.Itoa(next))
 	}
-	if r.spec.Ready != (Ready{}) && g.notify == nil {
+	if r.spec.speaks() && g.notify == nil {
 		env = append(env, notifyVar) // whoever waits there is told of the run
 	}
 	if len(env) > 0 {
@@ -162,7 +162,7 @@ func (r *Run) becomeReady(w *worker) {
 		return
 	}
 	w.ready, w.readyAt = true, time.Time{}
-	if r.spec.Ready != (Ready{}) || r.primary != nil { // else it is what start means
+	if r.spec.speaks() { // else it is what start means
 		r.event(Event{Type: EventReady, Worker: w.place.n, PID: w.pid})
 	}
 	for _, p := range r.places {

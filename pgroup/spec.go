@@ -170,6 +170,10 @@ func (s *Spec) relayed(sig syscall.Signal) syscall.Signal {
 	return sig
 }
 
+// speaks reports whether workers say themselves when they are ready, or time does,
+// so that ready is more than started.
+func (s *Spec) speaks() bool { return s.Ready != (Ready{}) || s.NodeCluster }
+
 // startsOnce reports whether no worker will be started but the first ones.
 func (s *Spec) startsOnce() bool {
 	return s.Dedicated && !s.Elastic && (s.Restart == "" || s.Restart == RestartNo)

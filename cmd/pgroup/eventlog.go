@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -93,14 +94,17 @@ func (s *sink) close() error {
 type eventLog struct {
 	verbose bool
 	deaths  bool // of workers are told, until the run is being stopped
+	retired map[int]bool
 	stderr  *sink
 	events  *sink    // nil without --events
 	control *control // nil without --pidfile
 	manager bool     // a service manager wants to know (sd_notify(3))
+
+	notifying sync.WaitGroup
 }
 
 func newEventLog(fd int, verbose, deaths bool) *eventLog {
-	l := &eventLog{verbose: verbose, deaths: deaths, stderr: newSink(2)}
+	l := &eventLog{verbose: verbose, deaths: deaths, retired: make(map[int]bool), stderr: newSink(2)}
 	if fd >= 0 {
 		l.events = newSink(fd)
 	}
@@ -120,7 +124,7 @@ func (l *eventLog) event(e pgroup.Event) {
 		l.control.event(e)
 	}
 	if l.manager && e.Type == pgroup.EventStop && e.Worker == 0 {
-		go pgroup.Notify("STOPPING=1")
+		l.notifying.Go(func() { pgroup.Notify("STOPPING=1") })
 	}
 }
 
@@ -130,9 +134,15 @@ func (l *eventLog) tell(e pgroup.Event) bool {
 	case pgroup.EventRefuse, pgroup.EventChannel:
 		return true
 	case pgroup.EventStop:
-		l.deaths = l.deaths && e.Worker != 0
+		if e.Worker == 0 {
+			l.deaths = false
+		} else if e.Reason != "leftovers" {
+			l.retired[e.Worker] = true // as somebody wanted
+		}
 	case pgroup.EventExit:
-		return l.deaths
+		retired := l.retired[e.Worker]
+		delete(l.retired, e.Worker)
+		return l.deaths && !retired
 	case pgroup.EventFail:
 		return l.deaths && e.Restart >= 0 // else it is why the run fails
 	}
@@ -149,5 +159,6 @@ func (l *eventLog) close(failure error) {
 	if failure != nil {
 		l.stderr.write(message(failure), false)
 	}
-	l.stderr.close() // who does not read it can't be told
+	l.stderr.close()   // who does not read it can't be told
+	l.notifying.Wait() // a worker may end before the manager was told of the stop
 }

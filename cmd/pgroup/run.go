@@ -90,8 +90,9 @@ func (c *runCmd) Run(line commandLine) error {
 	if service != nil {
 		log.control = service.control
 	}
-	// Without --ready, a worker speaks to the service manager itself.
-	log.manager = from == nil && spec.Ready != (pgroup.Ready{}) && os.Getenv("NOTIFY_SOCKET") != ""
+	// Without these, a worker speaks to the service manager itself.
+	says := spec.Ready != (pgroup.Ready{}) || spec.NodeCluster
+	log.manager = from == nil && says && os.Getenv("NOTIFY_SOCKET") != ""
 	spec.Events = log.event
 	run, err := pgroup.Start(context.Background(), spec)
 	if err != nil {
