@@ -156,7 +156,7 @@ func TestInheritEnvironment(t *testing.T) {
 		{"GODEBUG", []string{path, "GODEBUG=madvdontneed=1"}, []string{path, "GODEBUG=madvdontneed=1"}},
 		{"GODEBUG asyncpreemptoff", []string{path, "GODEBUG=asyncpreemptoff=0"}, []string{path, "GODEBUG=asyncpreemptoff=0"}},
 		{"empty GODEBUG", []string{path, "GODEBUG="}, []string{path, "GODEBUG="}},
-		{"nested", []string{"PGROUP_WORKER=7", "PGROUP_WORKERS=9", "PGROUP_PID=1", "PGROUP_START=5",
+		{"nested", []string{"PGROUP_WORKER=7", "PGROUP_WORKERS=9", "PGROUP_PID=1", "PGROUP_START=5", "PGROUP_LEADER=1",
 			"NODE_CHANNEL_FD=3", "NODE_CHANNEL_SERIALIZATION_MODE=json", "NODE_UNIQUE_ID=1", "LISTEN_PID=1", "LISTEN_FDS=1", "LISTEN_FDNAMES=x", "PGROUP_READY_FD=4", path}, []string{path}},
 	}
 	for _, test := range tests {
@@ -170,6 +170,14 @@ func TestInheritEnvironment(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := strings.Split(strings.TrimSuffix(string(text), "\x00"), "\x00")
+			leader := slices.IndexFunc(got, func(e string) bool { return strings.HasPrefix(e, "PGROUP_LEADER=") })
+			if leader < 0 {
+				t.Fatalf("no PGROUP_LEADER in %q", got)
+			}
+			if pid, err := strconv.Atoi(strings.TrimPrefix(got[leader], "PGROUP_LEADER=")); err != nil || pid == cmd.Process.Pid {
+				t.Errorf("%s, and the launcher is %d", got[leader], cmd.Process.Pid)
+			}
+			got = slices.Delete(got, leader, leader+1)
 			want := append(slices.Clone(test.kept), "PGROUP_WORKER=1", "PGROUP_WORKERS=1", "PGROUP_START=1", fmt.Sprintf("PGROUP_PID=%d", cmd.Process.Pid))
 			slices.Sort(got)
 			slices.Sort(want)

@@ -113,9 +113,7 @@ func TestScale(t *testing.T) {
 		if len(st.Workers) != n || st.State != "ready" || st.Workers[0].PID != first.Workers[0].PID {
 			t.Errorf("scaled to %d: %+v", n, st)
 		}
-		if living := len(s.living()); living != n+2 {
-			t.Errorf("scaled to %d: %d processes live", n, living)
-		}
+		eventually(t, strconv.Itoa(n)+" workers and the master are all that lives", func() bool { return len(s.living()) == n+2 })
 	}
 	s.want(0, "scale", "auto")
 	s.want(0, "stop")

@@ -808,9 +808,9 @@ func TestManyListeners(t *testing.T) {
 func TestListenOutOfFiles(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "socket")
-	// The launcher has room for these, but nobody has who starts a worker with them.
+	// The launcher has room for these, but the leader has not.
 	var many []string
-	for i := range 47 {
+	for i := range 52 {
 		many = append(many, "--listen", fmt.Sprintf("unix:@pgroup-test-%d-%d", os.Getpid(), i))
 	}
 	for name, args := range map[string][]string{
