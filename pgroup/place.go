@@ -117,7 +117,7 @@ func (r *Run) exited(w *worker) time.Duration {
 		return -1
 	case p.worker != w: // it was replaced
 		return -1
-	case p.next != nil:
+	case p.next != nil && p.next.lives(): // else both have ended, the new one first
 		p.worker, p.next = p.next, nil
 		return -1
 	case p.over: // scaled down

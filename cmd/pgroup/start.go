@@ -354,6 +354,8 @@ func (l *launched) giveUp(grace time.Duration) {
 // written.
 func (l *launched) lastWords() []byte {
 	if l.log == nil {
+		// All that could write has ended, unless launcher and leader were killed.
+		l.stderr.SetReadDeadline(time.Now().Add(time.Second))
 		l.read.Wait()
 		return lastLines(l.tail.text)
 	}

@@ -57,10 +57,18 @@ func stop(path string, wait time.Duration) (was bool, err error) {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return true, fmt.Errorf("what process %d started still lives after %v: see pgroup status", h.PID, wait)
 	}
-	if err == nil && h.Gone() {
-		err = removeStale(path)
+	if err != nil {
+		return true, err
 	}
-	return true, err
+	// A launcher that was killed has left its files.
+	next, err := findHolder(path)
+	switch {
+	case errors.Is(err, pidfile.ErrStale):
+		return true, removeStale(path)
+	case err == nil:
+		next.Close()
+	}
+	return true, nil
 }
 
 // waitAfter sends the signals and waits, not longer than limit, until nothing
