@@ -26,15 +26,15 @@ type GaveUpError struct {
 }
 
 func (e *GaveUpError) Error() string {
-	return fmt.Sprintf("worker %d was started again %d times in a row and ended within %v each time: gave up",
-		e.Worker, e.Restarts, health)
+	return fmt.Sprintf("worker %d ended within %v of its start after %d restarts in a row: gave up",
+		e.Worker, health, e.Restarts)
 }
 
 // A Status is a run at one moment.
 type Status struct {
 	PID     int            `json:"pid"`    // the launcher's
 	Leader  int            `json:"leader"` // 0 if the launcher is PID 1
-	State   string         `json:"state"`  // starting, ready, scaling, reloading, stopping
+	State   string         `json:"state"`  // starting, ready, degraded (some have ended for good), scaling, reloading, stopping
 	Since   time.Time      `json:"since"`
 	Workers []WorkerStatus `json:"workers"`
 }
@@ -94,6 +94,9 @@ func (r *Run) status() Status {
 			s.State = "starting"
 		}
 		s.Workers = append(s.Workers, ws)
+	}
+	if s.State == "ready" && slices.ContainsFunc(r.places, func(p *place) bool { return p.over }) {
+		s.State = "degraded"
 	}
 	switch {
 	case r.ending():
@@ -218,7 +221,8 @@ func (r *Run) goOn() {
 	}
 }
 
-// Scale makes the number of workers n, 1 or more. It returns when new workers are
+// Scale makes the number of workers n, 1 or more: those that have ended for good are
+// started again, as long as one of the others keeps the run alive. It returns when new workers are
 // ready, or what the workers with the highest numbers left has gone. When ctx is
 // done it no longer waits, and the workers become n all the same.
 func (r *Run) Scale(ctx context.Context, n int) error {
@@ -236,19 +240,25 @@ func (r *Run) Scale(ctx context.Context, n int) error {
 			r.retire(p.worker, "scale")
 		}
 		r.places = r.places[:min(n, were)]
-		before := len(r.places)
-		for len(r.places) < n {
-			r.places = append(r.places, &place{n: len(r.places) + 1})
+		var fresh []*place
+		for _, p := range r.places {
+			if p.over {
+				p.reopen()
+				fresh = append(fresh, p)
+			}
 		}
-		for _, p := range r.places[before:] {
+		for len(r.places) < n {
+			p := &place{n: len(r.places) + 1}
+			r.places = append(r.places, p)
+			fresh = append(fresh, p)
 			p.worker = r.start(p)
 		}
 		return &change{name: "scaling", undo: func() {}, step: func() (bool, error) {
-			for _, p := range r.places[before:] {
+			for _, p := range fresh {
 				if p.over {
 					return true, fmt.Errorf("new worker %d ended: %s", p.n, p.worker.end())
 				}
-				if !p.worker.ready {
+				if !p.again.IsZero() || !p.worker.ready {
 					return false, nil
 				}
 			}
@@ -278,14 +288,13 @@ func (r *Run) Reload(ctx context.Context) error {
 			for len(todo) > 0 {
 				p := todo[0]
 				switch {
-				case p.over:
 				case fresh == nil:
 					old = p.worker
 					if old.lives() {
 						p.next = r.start(p)
 						fresh = p.next
-					} else { // it waits for its start, or what it left behind
-						p.again = time.Now()
+					} else { // it has ended for good, or waits for its start
+						p.reopen()
 						if r.workers[old.id] != nil {
 							return false, nil
 						}

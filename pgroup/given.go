@@ -166,7 +166,7 @@ func (r *Run) becomeReady(w *worker) {
 		r.event(Event{Type: EventReady, Worker: w.place.n, PID: w.pid})
 	}
 	for _, p := range r.places {
-		if !p.over && (p.worker == nil || !p.worker.ready) {
+		if p.worker == nil || !p.worker.ready {
 			return
 		}
 	}

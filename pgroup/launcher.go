@@ -39,6 +39,7 @@ type Run struct {
 	stopped  bool        // a stop was sent
 	halfTime time.Time   // of the grace period, when Node's workers get the stop signal
 	expired  bool        // its grace period is over
+	sweeping bool        // the leader was asked to
 	deadline *time.Timer // of the grace period that runs
 	timeout  *time.Timer
 	alarm    *time.Timer // for the next of the times in places and workers
@@ -235,6 +236,16 @@ func (r *Run) sendLast() {
 		if r.leader == 0 && r.starts > 0 && r.spec.Dedicated && r.count(starting) == 0 {
 			releaseStreams(r.spec) // they were the leader's too
 		}
+	}
+}
+
+// wasReady reports whether all workers have been ready.
+func (r *Run) wasReady() bool {
+	select {
+	case <-r.ready:
+		return true
+	default:
+		return false
 	}
 }
 

@@ -77,8 +77,9 @@ type leader struct {
 
 	stubErrors map[int]syscall.Errno // by pid
 
-	suspended map[int]bool // workers
-	asked     int          // when the groups had the stop signal, in ticks; 0 if never
+	suspended map[int]bool      // workers
+	doubt     map[int]time.Time // since when a process may be executing
+	asked     int               // when the groups had the stop signal, in ticks; 0 if never
 
 	adopted int
 	killed  int
@@ -551,6 +552,14 @@ func (l *leader) foreground(on bool) {
 		if pid, ok := l.workers[l.first]; ok && l.flags&flagTTY != 0 && l.term != nil {
 			l.term.setForeground(pid)
 		}
+	}
+}
+
+// takeTerminalBack gives the launcher the terminal that a group had of which
+// nothing is left: the keyboard would reach nobody.
+func (l *leader) takeTerminalBack(pgid int) {
+	if l.flags&flagTTY != 0 && l.flags&flagForeground != 0 && l.job != 0 && l.term != nil && l.term.foreground() == pgid {
+		l.term.setForeground(l.job)
 	}
 }
 

@@ -487,7 +487,7 @@ func TestStatus(t *testing.T) {
 	r = start(t, spec)
 	r.awaitType(1, pgroup.EventMessage)
 	s = r.awaitStatus("ended", workerIs("ended"))
-	if w := s.Workers[0]; w.Result != "status 4" || s.State != "ready" {
+	if w := s.Workers[0]; w.Result != "status 4" || s.State != "degraded" {
 		t.Errorf("one ended: %+v", s)
 	}
 	r.Stop()

@@ -56,7 +56,7 @@ type nodeWorker struct {
 // maxNodeSockets bounds what a worker that asks for sockets without end costs
 // the others.
 const (
-	maxNodeSockets = 1024
+	maxNodeSockets = 256
 	maxNodeKey     = 8192 // PATH_MAX, and more
 )
 

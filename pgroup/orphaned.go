@@ -22,6 +22,7 @@ func (r *Run) leaderGone() {
 		r.failure = fmt.Errorf("the leader (pid %d) %s: stopped the command", r.leader, how)
 	}
 	leader := r.leader
+	r.sweeping = false
 	r.leader = 0
 	r.conn.close()
 	r.cancelRestarts()
@@ -69,11 +70,34 @@ func (r *Run) awaitOrphans() (status syscall.WaitStatus) {
 		if pid > 0 || err != nil && err != unix.EINTR {
 			return status
 		}
-		if p, err := stat(r.leader); err == nil && p.state == 'Z' && p.threads <= 1 {
+		if allZombies(r.leader) {
 			return syscall.WaitStatus(unix.SIGKILL)
 		}
 		time.Sleep(time.Millisecond)
 	}
+}
+
+// allZombies reports whether all threads of pid have ended. A tracer may keep them
+// from being reaped.
+func allZombies(pid int) bool {
+	dir := strconv.Itoa(pid) + "/task"
+	fd, err := openProc(dir)
+	if err != nil {
+		return false
+	}
+	file := os.NewFile(uintptr(fd), dir)
+	defer file.Close()
+	tasks, err := file.Readdirnames(-1)
+	if err != nil {
+		return false
+	}
+	for _, task := range tasks {
+		text, err := readFile(dir+"/"+task+"/stat", nil)
+		if p, perr := parseStat(text); err == nil && (perr != nil || p.state != 'Z' && p.state != 'X') {
+			return false
+		}
+	}
+	return true
 }
 
 // lastResort sweeps with what a launcher out of descriptors can do.

@@ -3,6 +3,8 @@ package pgroup
 import (
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A state is what a worker is doing, as far as the launcher was told.
@@ -110,6 +112,9 @@ func (r *Run) exited(w *worker) time.Duration {
 	w.state = ended
 	w.step, w.deadline = untouched, time.Time{}
 	w.given.close()
+	if sig := w.status.Signal(); r.spec.TTY && w.status.Signaled() && (sig == unix.SIGINT || sig == unix.SIGQUIT) {
+		w.asked = now // the terminal's keys reach the worker, and not us
+	}
 	w.tell()
 	p := w.place
 	switch {
@@ -144,6 +149,12 @@ func (r *Run) exited(w *worker) time.Duration {
 func (r *Run) fillNot(p *place) {
 	p.over, p.again = true, time.Time{}
 	r.settle(p.worker)
+}
+
+// reopen has a place whose worker has ended filled as soon as nothing of that is
+// left.
+func (p *place) reopen() {
+	p.over, p.short, p.again = false, 0, time.Now()
 }
 
 // cancelRestarts is for a stop, and for a signal that means that there shall be

@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -42,7 +43,7 @@ func (l *leader) walkRemains(visit func(worker int, p process, late bool)) (unsu
 			only = worker
 		}
 	}
-	its := make(map[int]int)
+	its, doubt := make(map[int]int), make(map[int]time.Time)
 	// All of it has been re-parented to us, or is below what was.
 	walkAll(l.living(), func(p process, late bool) {
 		worker := only
@@ -55,15 +56,27 @@ func (l *leader) walkRemains(visit func(worker int, p process, late bool)) (unsu
 			if worker = start; worker == 0 {
 				worker = groups[p.pgid]
 			}
-			unsure = unsure || worker == 0 && executing
+			if worker == 0 && executing {
+				since, known := l.doubt[p.pid]
+				if !known {
+					since = time.Now()
+				}
+				doubt[p.pid] = since
+				unsure = unsure || time.Since(since) < maxDoubt
+			}
 		}
 		if l.gone[worker] != nil {
 			its[p.pid] = worker
 			visit(worker, p, late)
 		}
 	})
+	l.doubt = doubt
 	return unsure
 }
+
+// maxDoubt is how long a process may be in the middle of execve(2), as far as we
+// can see: it may also have hidden its environment for good.
+const maxDoubt = time.Second
 
 // signalRemains sends each of the workers' remains its signal, and then CONT.
 func (l *leader) signalRemains(signals map[int]syscall.Signal) {
@@ -144,6 +157,7 @@ func (l *leader) clear() {
 		if len(found[worker]) == 0 && !zombies && !l.unsure {
 			delete(l.gone, worker)
 			delete(l.groups, r.pgid)
+			l.takeTerminalBack(r.pgid)
 			l.report(msgCleared, worker, int64(len(r.killed)), 0)
 		}
 	}

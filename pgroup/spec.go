@@ -118,6 +118,10 @@ type Spec struct {
 	// the leader keeps the standard streams for the workers to come.
 	Elastic bool
 
+	// AllReady stops the run if a worker ends for good before it was ready, unless
+	// all have been ready before.
+	AllReady bool
+
 	// Hold are files that the leader keeps open too: they are closed everywhere
 	// exactly when nothing of the run lives. A lock is such a file's purpose.
 	Hold []*os.File

@@ -113,6 +113,8 @@ func (r *Run) judge(w *worker) {
 		}
 	case len(r.places) == 1:
 		return
+	case r.spec.AllReady && !w.ready && !r.wasReady():
+		reason = "fail"
 	case r.spec.Until == UntilFirst || r.spec.Until == UntilFailure && w.failed():
 		reason = "until"
 	default:
@@ -152,7 +154,7 @@ func (r *Run) grace() {
 func (r *Run) escalate() {
 	r.expired = true
 	if r.phase == leftovers {
-		r.conn.send(message{kind: msgSweep})
+		r.sweep()
 		return
 	}
 	again := r.result.Escalated
@@ -161,11 +163,25 @@ func (r *Run) escalate() {
 		r.event(Event{Type: EventEscalate})
 	}
 	if r.spec.Grace <= 0 || again {
-		r.conn.send(message{kind: msgSweep})
+		r.sweep()
 		return
 	}
 	r.signal(toGroups, unix.SIGKILL, false)
 	r.deadline.Reset(killTime)
+}
+
+// sweep has the leader sweep. One that a descendant holds by ptrace(2) can't:
+// then it is killed, and the rest is ours.
+func (r *Run) sweep() {
+	if !r.sweeping {
+		r.sweeping = true
+		r.conn.send(message{kind: msgSweep})
+	} else if p, err := stat(r.leader); err == nil && p.state == 't' {
+		unix.Kill(r.leader, unix.SIGKILL)
+	}
+	if r.leader != 0 {
+		r.deadline.Reset(killTime)
+	}
 }
 
 // killTime is how long a worker's group may take to die of KILL before all is
