@@ -460,6 +460,7 @@ func (l *leader) setEmpty() {
 		l.empty = true
 		for worker, r := range l.gone {
 			l.report(msgCleared, worker, int64(len(r.killed)), 0)
+			l.takeTerminalBack(r.pgid)
 		}
 		l.report(msgEmpty, 0, int64(l.adopted), int64(l.killed))
 		if l.alone {

@@ -10,6 +10,10 @@
 //   - The lock is free: nothing of it lives. The file is stale, and Create takes
 //     it over.
 //
+// The number counts in one case: where the lock is free, and the process of that
+// number lives and is no younger than the file, the file is another program's. It
+// is left alone.
+//
 // The lock is an open file description lock (F_OFD_SETLK in fcntl(2), Linux
 // 3.15). Like one of flock(2) it belongs to the open file, is shared by every
 // duplicate of the descriptor, and ends with the last of them, however its
@@ -116,7 +120,7 @@ func (f *File) claim() error {
 		step("opened")
 		if err = lockAll(fd); err == nil {
 			step("claimed")
-			if err = f.canTake(fd); err == nil {
+			if err = f.canTake(fd, last); err == nil {
 				f.fd = fd
 				return nil
 			}
@@ -130,7 +134,7 @@ func (f *File) claim() error {
 
 // canTake tells whether fd, which we have locked, is the file to write to. Its
 // last holder may have removed it between our open and our lock.
-func (f *File) canTake(fd int) error {
+func (f *File) canTake(fd int, last bool) error {
 	if !f.has(fd) {
 		return errChanging
 	}
@@ -141,7 +145,24 @@ func (f *File) canTake(fd int) error {
 	if len(text) > 0 && !isPID(text) { // empty: its maker was killed here
 		return errors.New("holds something else than a pid: it is no pid file; choose another, or remove it")
 	}
-	return nil
+	return notAnothers(fd, text, last)
+}
+
+// notAnothers fails if fd, which nobody holds, names a process that lives and may
+// have written it. One of ours that was killed may be about to end: it has closed
+// its files and is no zombie yet.
+func notAnothers(fd int, text []byte, last bool) error {
+	if !isPID(text) {
+		return nil
+	}
+	pid, _ := strconv.Atoi(string(bytes.TrimSpace(text)))
+	switch {
+	case !mayHaveWritten(pid, fd):
+		return nil
+	case !last:
+		return errChanging
+	}
+	return fmt.Errorf("it names the living process %d, which does not hold it: it is another program's; choose another file, or remove it", pid)
 }
 
 // heldBy returns the HeldError that names the holder of fd.
@@ -237,7 +258,8 @@ type Holder struct {
 }
 
 // Find finds the holder of a pid file, by its lock. If there is none, the error
-// is [ErrNotRunning] or [ErrStale]. Any user who may read the file may look.
+// is [ErrNotRunning] or [ErrStale], and neither for the file of another program
+// that lives. Any user who may read the file may look.
 func Find(path string) (*Holder, error) {
 	h := &Holder{path: path}
 	p, err := openPlace(path)
@@ -270,7 +292,12 @@ func (h *Holder) find(p place, last bool) error {
 			return nil
 		}
 	case p.has(fd):
-		err = ErrStale
+		var text []byte
+		if text, err = readText(fd); err == nil {
+			if err = notAnothers(fd, text, last); err == nil {
+				err = ErrStale
+			}
+		}
 	default:
 		err = errChanging
 	}

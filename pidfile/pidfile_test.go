@@ -3,6 +3,7 @@ package pidfile
 import (
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -107,6 +108,67 @@ func TestStale(t *testing.T) {
 			t.Errorf("taken over from %q: %q", text, got)
 		}
 		remove(t, f)
+	}
+}
+
+// The pid file of another program that lives is neither free nor stale.
+func TestAnothers(t *testing.T) {
+	path := filepath.Join(private(t), "pid")
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	other := start(t, nil, r, "idle")
+	r.Close()
+	other.expect("idle")
+	text := pidText(other.Process.Pid)
+	refused := func() bool {
+		t.Helper()
+		f, err := Create(path)
+		_, findErr := Find(path)
+		if err == nil {
+			f.Remove()
+			return false
+		}
+		for _, err := range []error{err, findErr} {
+			if err == nil || !strings.Contains(err.Error(), "names the living process "+strings.TrimSpace(text)) || errors.Is(err, ErrStale) {
+				t.Errorf("another's file: %v", err)
+			}
+		}
+		if got := read(t, path); got != text {
+			t.Errorf("another's file was made %q", got)
+		}
+		return true
+	}
+	for _, test := range []struct {
+		name    string
+		written time.Time
+		refused bool
+	}{
+		{"as it started", time.Now(), true},
+		{"before it started", time.Now().Add(-time.Hour), false},
+		{"by a clock that was set back", time.Now().Add(time.Hour), false},
+	} {
+		write(t, path, text)
+		if err := os.Chtimes(path, time.Time{}, test.written); err != nil {
+			t.Fatal(err)
+		}
+		if got := refused(); got != test.refused {
+			t.Errorf("written %s: refused %v", test.name, got)
+		}
+	}
+	// It has ended, and is a zombie until it is waited for.
+	write(t, path, text)
+	if err := os.Chtimes(path, time.Time{}, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	other.Process.Kill()
+	if _, err := other.out.ReadByte(); err != io.EOF {
+		t.Fatal(err)
+	}
+	if refused() {
+		t.Error("refused for a zombie")
 	}
 }
 

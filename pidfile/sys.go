@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -137,18 +138,48 @@ func hasEnded(pidfd int) bool {
 	return err == nil && fds[0].Revents != 0
 }
 
-// startTime reads field 22 of /proc/PID/stat. The name in field 2 may hold
-// anything: the last ")" ends it.
 func startTime(pid string) (int64, error) {
 	text, err := os.ReadFile("/proc/" + pid + "/stat")
 	if err != nil {
 		return 0, err
 	}
+	_, start, err := parseStat(text)
+	return start, err
+}
+
+// parseStat reads fields 3 and 22 of /proc/PID/stat. The name in field 2 may hold
+// anything: the last ")" ends it.
+func parseStat(text []byte) (state byte, start int64, err error) {
 	f := bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
 	if len(f) < 20 {
-		return 0, errors.New("malformed /proc/PID/stat")
+		return 0, 0, errors.New("malformed /proc/PID/stat")
 	}
-	return strconv.ParseInt(string(f[19]), 10, 62-pidBits)
+	start, err = strconv.ParseInt(string(f[19]), 10, 62-pidBits)
+	return f[0][0], start, err
+}
+
+// mayHaveWritten reports whether the process pid lives, is not this one, and had
+// started when the file was last written. Where the clock was set back since, or
+// a machine started without one, that can't be known: then it is false.
+func mayHaveWritten(pid, fd int) bool {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil || pid == os.Getpid() {
+		return false
+	}
+	state, start, err := parseStat(text)
+	if err != nil || state == 'Z' || state == 'X' {
+		return false
+	}
+	var st unix.Stat_t
+	var boot unix.Timespec
+	if unix.Fstat(fd, &st) != nil || unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot) != nil {
+		return false
+	}
+	const userHZ = 100             // on all that Go runs on
+	const coarse = 1 * time.Second // how far the clocks may be apart
+	now, written := time.Now(), time.Unix(st.Mtim.Unix())
+	age := time.Duration(boot.Nano()) - time.Duration(start)*(time.Second/userHZ)
+	return !written.After(now.Add(coarse)) && !now.Add(-age).After(written.Add(coarse))
 }
 
 func truncate(fd int) error {

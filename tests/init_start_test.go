@@ -33,7 +33,7 @@ func TestServiceStatuses(t *testing.T) {
 	}
 	for _, verb := range asking {
 		_, stderr := s.want(7, verb[0], verb[1:]...)
-		if strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, "not running") {
+		if strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, "not running; start it first") {
 			t.Errorf("%s says %q", verb, stderr)
 		}
 	}
@@ -248,6 +248,72 @@ func TestStartFails(t *testing.T) {
 				s.want(3, "status")
 			})
 		}
+	}
+}
+
+// TestStartWithoutLog gives a log that can't be opened.
+func TestStartWithoutLog(t *testing.T) {
+	t.Parallel()
+	s := newService(t)
+	for _, log := range []string{"/no/such/log", "/tmp"} {
+		_, stderr := s.want(1, "start", shell("touch ran", "--log", log)...)
+		if strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, "cannot open the log: open "+log) {
+			t.Errorf("--log %s: it says %q", log, stderr)
+		}
+	}
+	s.noFiles()
+	if _, err := os.Stat(filepath.Join(s.dir, "ran")); err == nil {
+		t.Error("it ran")
+	}
+}
+
+// TestAnothersFiles has another program own the pid file, then the socket.
+func TestAnothersFiles(t *testing.T) {
+	s := newService(t)
+	text := fmt.Sprintln(os.Getpid())
+	if err := os.WriteFile(s.pidfile, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	names := "names the living process " + strings.TrimSpace(text)
+	for _, test := range []struct {
+		status int
+		verb   string
+		args   []string
+	}{
+		{1, "start", shell("touch ran")},
+		{125, "run", shell("touch ran")},
+		{1, "stop", nil},
+		{1, "restart", shell("touch ran")},
+		{1, "reload", nil},
+		{4, "status", nil},
+	} {
+		stdout, stderr := s.want(test.status, test.verb, test.args...)
+		if !strings.Contains(stdout+stderr, names) {
+			t.Errorf("%s says %q, %q", test.verb, stdout, stderr)
+		}
+	}
+	if got, _ := os.ReadFile(s.pidfile); string(got) != text {
+		t.Errorf("the pid file is %q now", got)
+	}
+	os.Remove(s.pidfile)
+
+	t.Chdir(s.dir)
+	listener, err := net.Listen("unix", "x.pid.sock") // a short name
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	_, stderr := s.want(125, "run", shell("touch ran")...)
+	if !strings.Contains(stderr, "another program listens there") {
+		t.Errorf("it says %q", stderr)
+	}
+	conn, err := net.Dial("unix", "x.pid.sock")
+	if err != nil {
+		t.Fatalf("the listener has lost its name: %v", err)
+	}
+	conn.Close()
+	if _, err := os.Stat(filepath.Join(s.dir, "ran")); err == nil {
+		t.Error("it ran")
 	}
 }
 

@@ -44,7 +44,7 @@ func (f *pidfileFlag) find() (*pidfile.Holder, error) {
 	h, err := findHolder(f.Pidfile)
 	switch {
 	case isNotRunning(err):
-		return nil, failure{notRunning, err}
+		return nil, failure{notRunning, fmt.Errorf("%w; start it first", err)}
 	case err != nil:
 		return nil, err
 	case h.Gone():

@@ -157,7 +157,24 @@ func (c *control) removeStale() error {
 	if info.Mode().Type() != os.ModeSocket || owner != os.Geteuid() {
 		return errors.New("another file has that name: remove it, or choose another pid file")
 	}
+	// A launcher that was killed may still be about to close its descriptors, of
+	// which the lock was one.
+	for end := time.Now().Add(patience); c.answers(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			return errors.New("another program listens there: end it, or choose another pid file")
+		}
+	}
 	return unix.Unlinkat(int(c.dir.Fd()), c.name, 0)
+}
+
+// answers reports whether somebody listens at the socket. Nobody does where
+// connect(2) is refused: an error of any other kind comes from a socket that lives.
+func (c *control) answers() bool {
+	conn, err := net.DialTimeout("unix", socketName(c.dir, c.name), answerTime)
+	if err == nil {
+		conn.Close()
+	}
+	return !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT)
 }
 
 func (c *control) listen() error {

@@ -44,22 +44,58 @@ const (
 // A sink writes lines. A reader that is slow, or has stopped reading, costs
 // lines and never holds up a signal.
 type sink struct {
+	fd    int
 	queue chan []byte
-	lost  int
-	done  chan struct{}
+	lost  int // there was no room for them in the queue
+
+	done     chan struct{} // closed when what follows is final
+	unsaid   int           // lines that could not be written
+	writeErr error         // why the last of them could not
 }
 
 func newSink(fd int) *sink {
-	s := &sink{queue: make(chan []byte, sinkQueue), done: make(chan struct{})}
-	go func() {
-		defer close(s.done)
-		for line := range s.queue {
-			if pgroup.Write(fd, line) != nil {
-				return // the reader has gone, or the disk is full
-			}
-		}
-	}()
+	s := &sink{fd: fd, queue: make(chan []byte, sinkQueue), done: make(chan struct{})}
+	go s.drain()
 	return s
+}
+
+// drain writes the queue. A disk that is full may have room for the next line; a
+// reader that has gone does not come back.
+func (s *sink) drain() {
+	defer close(s.done)
+	torn := false // the file ends in a part of a line
+	for line := range s.queue {
+		if s.writeErr != nil && !mayPass(s.writeErr) {
+			s.unsaid++
+			continue
+		}
+		if torn {
+			line = append([]byte("\n"), line...)
+		}
+		before := offset(s.fd)
+		if err := pgroup.Write(s.fd, line); err != nil {
+			s.unsaid++
+			s.writeErr = err
+			torn = torn || offset(s.fd) != before
+		} else {
+			torn = false
+		}
+	}
+}
+
+// mayPass reports whether a later write may succeed.
+func mayPass(err error) bool {
+	return err == unix.ENOSPC || err == unix.EDQUOT || err == unix.EIO
+}
+
+// offset is where fd stands in its file; -1 if that is none of the kind. A write
+// that failed has not moved it, one of a part has.
+func offset(fd int) int64 {
+	at, err := unix.Seek(fd, 0, unix.SEEK_CUR)
+	if err != nil {
+		return -1
+	}
+	return at
 }
 
 // write takes one line. It does not block. What workers send, as much as they
@@ -82,12 +118,35 @@ func (s *sink) close() error {
 	select {
 	case <-s.done:
 	case <-time.After(sinkDrain):
+		if !s.hasReader() {
+			return errors.New("the last events are lost: the file of --events could not be written in time")
+		}
 		return errors.New("the reader of --events does not read: the last events are lost")
 	}
-	if s.lost > 0 {
-		return fmt.Errorf("%d events were lost: the reader of --events was too slow", s.lost)
+	lost := s.lost + s.unsaid
+	were := "events were"
+	if lost == 1 {
+		were = "event was"
 	}
-	return nil
+	switch {
+	case lost == 0:
+		return nil
+	case s.unsaid > 0:
+		return fmt.Errorf("%d %s lost: cannot write: %w", lost, were, s.writeErr)
+	case !s.hasReader():
+		return fmt.Errorf("%d %s lost: the file of --events could not be written in time", lost, were)
+	}
+	return fmt.Errorf("%d %s lost: the reader of --events was too slow", lost, were)
+}
+
+// hasReader reports whether somebody has to read what is written: that is no file.
+func (s *sink) hasReader() bool {
+	var st unix.Stat_t
+	if unix.Fstat(s.fd, &st) != nil {
+		return false
+	}
+	kind := st.Mode & unix.S_IFMT
+	return kind == unix.S_IFIFO || kind == unix.S_IFSOCK || kind == unix.S_IFCHR
 }
 
 // An eventLog writes events for people and for machines.

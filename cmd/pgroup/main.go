@@ -147,8 +147,9 @@ func usageError(err error) error {
 	if errors.As(err, &parse) && parse.Context != nil && parse.Context.Command() != "" {
 		help = "pgroup " + strings.Fields(parse.Context.Command())[0] + " --help"
 	}
-	// kong's own words for a flag at the end of the line.
+	// kong's own words for a flag at the end of the line, or before another.
 	what := strings.Replace(err.Error(), `expected value value but got "EOL" (<EOL>)`, "needs a value", 1)
+	what = strings.Replace(what, "expected value value but got", "needs a value, but what follows is", 1)
 	return fmt.Errorf("%s; see %s", what, help)
 }
 

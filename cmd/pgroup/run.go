@@ -85,6 +85,7 @@ func (c *runCmd) Run(line commandLine) error {
 		// we were killed, must not die of that.
 		spec.Hold = append(spec.Hold, from.stderr)
 		spec.KeepStderr = true
+		spec.AllReady = true
 	}
 	log := newEventLog(events, c.Verbose, c.cluster())
 	if service != nil {
@@ -111,7 +112,7 @@ func (c *runCmd) Run(line commandLine) error {
 		go tellManager(run)
 	}
 	result, err := run.Wait()
-	log.close(withAdvice(err))
+	log.close(commandAdvice(err))
 	if service != nil {
 		if err := service.close(); err != nil {
 			pgroup.Write(2, message(err))
@@ -178,20 +179,31 @@ func (c *runFlags) conflicts() error {
 	return nil
 }
 
-// withAdvice says what to do about a command that could not be started.
-func withAdvice(err error) error {
+// commandAdvice says what to do about a command that could not be started.
+func commandAdvice(err error) error {
+	return advise(err, map[syscall.Errno]string{
+		syscall.ENOENT:  "check its name and PATH",
+		syscall.EACCES:  "it must be a file with execute permission",
+		syscall.ENOEXEC: "it is no program for this machine",
+		syscall.E2BIG:   "give it fewer arguments or a smaller environment",
+	})
+}
+
+// withAdvice says what to do about a limit.
+func withAdvice(err error) error { return advise(err, nil) }
+
+func advise(err error, more map[syscall.Errno]string) error {
 	var errno syscall.Errno
 	if !errors.As(err, &errno) {
 		return err
 	}
-	advice := map[syscall.Errno]string{
-		syscall.ENOENT:  "check its name and PATH",
-		syscall.EACCES:  "it must be a file with execute permission",
-		syscall.ENOEXEC: "it is no program for this machine",
-		syscall.EAGAIN:  "raise the limit on processes (ulimit -u, pids.max)",
-		syscall.EMFILE:  "raise the limit on open files (ulimit -n)",
-		syscall.E2BIG:   "give it fewer arguments or a smaller environment",
-	}[errno]
+	advice := more[errno]
+	switch errno {
+	case syscall.EAGAIN:
+		advice = "raise the limit on processes (ulimit -u, pids.max)"
+	case syscall.EMFILE:
+		advice = "raise the limit on open files (ulimit -n)"
+	}
 	if advice == "" {
 		return err
 	}

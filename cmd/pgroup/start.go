@@ -251,8 +251,8 @@ type launched struct {
 
 // fork starts the launcher. It inherits none of our descriptors: who waits for
 // their end must not wait for it.
-func (c *startFlags) fork(line commandLine) (l *launched, err error) {
-	l = &launched{words: make(chan string)}
+func (c *startFlags) fork(line commandLine) (_ *launched, err error) {
+	l := &launched{words: make(chan string)}
 	var theirs []*os.File
 	defer func() {
 		for _, f := range theirs {

@@ -153,7 +153,11 @@ func (r *report) print(w io.Writer, colour bool) {
 		head += "  " + since(r.Since)
 	}
 	if r.Usage != nil {
-		head += fmt.Sprintf("  %d processes  %s", r.Usage.Processes, bytesText(r.Usage.Memory))
+		what := "processes"
+		if r.Usage.Processes == 1 {
+			what = "process"
+		}
+		head += fmt.Sprintf("  %d %s  %s", r.Usage.Processes, what, bytesText(r.Usage.Memory))
 	}
 	if r.Error != "" {
 		head += ": " + r.Error

@@ -79,3 +79,12 @@ func TestSplitCommand(t *testing.T) {
 		}
 	}
 }
+
+func TestUsageErrorOfNegativeValue(t *testing.T) {
+	for _, flag := range []string{"-n", "--workers", "-g"} {
+		_, err := newParser(new(runOnly)).Parse([]string{"run", flag, "-3"})
+		if err == nil || !strings.Contains(usageError(err).Error(), `needs a value, but what follows is "-3"`) {
+			t.Errorf("%s -3: %v", flag, usageError(err))
+		}
+	}
+}
