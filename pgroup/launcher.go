@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"sync"
 	"syscall"
 	"time"
@@ -345,6 +346,10 @@ func (r *Run) handle(m message) {
 		r.cleared(w, int(m.a))
 	case msgReceived:
 		r.received(Signal{syscall.Signal(m.a), int(m.b)})
+	case msgHungUp:
+		if r.hadTTY && !hasTerminal() && !signal.Ignored(unix.SIGHUP) { // nohup(1)
+			r.stop("hangup")
+		}
 	case msgRefused:
 		r.event(Event{Type: EventRefuse, Err: syscall.Errno(m.a), Count: int(m.b)})
 	case msgAdopted:

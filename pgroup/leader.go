@@ -77,6 +77,7 @@ type leader struct {
 
 	stubErrors map[int]syscall.Errno // by pid
 
+	hungUp    bool
 	suspended map[int]bool      // workers
 	doubt     map[int]time.Time // since when a process may be executing
 	asked     int               // when the groups had the stop signal, in ticks; 0 if never
@@ -197,13 +198,16 @@ func (l *leader) run() {
 			return
 		}
 		// Before the config has come there is nothing but the socket.
-		fds := []unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}, {Fd: -1}, {Fd: -1}}
+		fds := []unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}, {Fd: -1}, {Fd: -1}, {Fd: -1}}
 		if l.alone {
 			fds[0].Fd = -1
 		}
 		if l.watch != nil {
 			fds[1] = unix.PollFd{Fd: int32(l.watch.fd), Events: unix.POLLIN}
 			fds[2] = unix.PollFd{Fd: int32(l.signals), Events: unix.POLLIN}
+		}
+		if l.flags&flagTTY != 0 && l.term != nil && !l.hungUp {
+			fds[3].Fd = int32(l.term.fd) // for POLLHUP
 		}
 		if err := poll(fds, l.wakeUp()); err != nil {
 			return // cannot be: the launcher sees end of file and takes over
@@ -214,6 +218,12 @@ func (l *leader) run() {
 		}
 		if fds[2].Revents != 0 {
 			l.forward()
+		}
+		if fds[3].Revents != 0 {
+			// The kernel sends HUP to the foreground group and to the session's
+			// leader. A shell need not pass it on.
+			l.hungUp = true
+			l.report(msgHungUp, 0, 0, 0)
 		}
 		if fds[0].Revents != 0 && !l.receive() {
 			return

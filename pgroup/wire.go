@@ -35,6 +35,7 @@ import (
 //	   │ ◀───────── resumed worker ────────── │
 //	   │ ◀───────── received sig, sender ──── │  a signal sent to the leader
 //	   │ ◀───────── refused errno, count ──── │  a signal could not be sent
+//	   │ ◀───────── hungup ────────────────── │  --tty: the terminal is gone
 //	   │ ◀───────── adopted pid ───────────── │
 //	   │ ◀───────── exited worker, status ─── │  as wait(2) gives it
 //	   │ ◀───────── cleared worker, killed ── │  after exited: nothing of it is left
@@ -66,6 +67,7 @@ const (
 	msgResumed
 	msgReceived
 	msgRefused
+	msgHungUp
 	msgAdopted
 	msgExited
 	msgCleared

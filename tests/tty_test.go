@@ -837,3 +837,50 @@ func TestTTYScriptReads(t *testing.T) {
 		wantStatus(t, tm.prompt(), 0)
 	})
 }
+
+// The keys reach pgroup when the worker that had the terminal has ended: between
+// two starts, and while another worker goes on.
+func TestTTYKeysWithoutWorker(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		command string
+		status  int
+		when    string
+	}{
+		// The next start is 400 ms ahead.
+		"backoff": {`pgroup run --tty --restart=always -- sh -c 'exit 3'`, 3, "again in 400ms\r\n"},
+		"other":   {`pgroup run --tty -n 2 -- sh -c 'test $PGROUP_WORKER = 1 || exec sleep 100'`, 128 + 2, "status 0\r\n"},
+		"worker":  {`pgroup run --tty --restart=always -- sh -c 'echo up; read x'`, 128 + 2, "\nup\r\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tm := openShell(t, "bash")
+			tm.enter(test.command)
+			tm.expect(test.when)
+			tm.press(ctrlC)
+			wantStatus(t, tm.prompt(), test.status)
+			tm.awaitGone()
+		})
+	}
+}
+
+// dash tells its jobs nothing of a hang-up, and the kernel tells the foreground
+// group alone.
+func TestTTYHangUpUntold(t *testing.T) {
+	t.Parallel()
+	for name, command := range map[string]string{
+		"ignored": "pgroup run --tty --grace 300ms -- sh $D/tty-hangup.sh TERM $PWD/noted",
+		"restart": "pgroup run --tty --grace 300ms --restart=always -- sh $D/tty-sleep.sh",
+		"second":  "pgroup run --tty --grace 300ms -n 2 -- sh $D/tty-sleep.sh",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tm := openShell(t, "dash")
+			tm.enter(command)
+			pid := tm.ready()
+			family := tm.family()
+			tm.hangUp()
+			tm.awaitGone(append(family, pid)...)
+		})
+	}
+}
