@@ -269,6 +269,7 @@ func TestStartWithoutLog(t *testing.T) {
 
 // TestAnothersFiles has another program own the pid file, then the socket.
 func TestAnothersFiles(t *testing.T) {
+	t.Parallel()
 	s := newService(t)
 	text := fmt.Sprintln(os.Getpid())
 	if err := os.WriteFile(s.pidfile, []byte(text), 0o644); err != nil {
@@ -297,8 +298,7 @@ func TestAnothersFiles(t *testing.T) {
 	}
 	os.Remove(s.pidfile)
 
-	t.Chdir(s.dir)
-	listener, err := net.Listen("unix", "x.pid.sock") // a short name
+	listener, err := net.Listen("unix", s.pidfile+".sock")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -307,7 +307,7 @@ func TestAnothersFiles(t *testing.T) {
 	if !strings.Contains(stderr, "another program listens there") {
 		t.Errorf("it says %q", stderr)
 	}
-	conn, err := net.Dial("unix", "x.pid.sock")
+	conn, err := net.Dial("unix", s.pidfile+".sock")
 	if err != nil {
 		t.Fatalf("the listener has lost its name: %v", err)
 	}
@@ -494,6 +494,10 @@ func TestRunPidfile(t *testing.T) {
 	s.want(3, "run", shell("exit 3")...)
 	s.noFiles()
 	s.want(127, "run", "/no/such/command")
+	s.noFiles()
+	if _, stderr := s.want(125, "run", "-l", "unix:/no/such/socket", "true"); !strings.HasSuffix(stderr, "create the directory /no/such first\n") {
+		t.Errorf("it says %q", stderr)
+	}
 	s.noFiles()
 
 	// Another file is in the socket's place.
