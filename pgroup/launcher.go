@@ -117,6 +117,12 @@ func Start(ctx context.Context, spec *Spec) (*Run, error) {
 func (r *Run) open() (err error) {
 	s := r.spec
 	if len(s.Listen) > 0 {
+		// The runtime opens its poller with the first file that it polls, and dies
+		// if the sockets have left no descriptor for it.
+		if reader, writer, err := os.Pipe(); err == nil {
+			reader.Close()
+			writer.Close()
+		}
 		if r.sockets, err = openSockets(s.Listen, max(1, s.Workers), s.ReusePort); err != nil {
 			return err
 		}

@@ -69,15 +69,15 @@ func TestBackoff(t *testing.T) {
 	}{
 		"exits": {
 			[]string{"--restart=always"}, `exit 0`, "exit", "125",
-			"worker 1 was started again 4 times in a row and ended within 10s each time: gave up",
+			"worker 1 ended within 10s of its start after 4 restarts in a row: gave up",
 		},
 		"fails": {
 			[]string{"--restart=on-failure"}, `exit 7`, "exit", "7",
-			"worker 1 was started again 4 times in a row and ended within 10s each time: gave up",
+			"worker 1 ended within 10s of its start after 4 restarts in a row: gave up",
 		},
 		"dies with others": {
 			[]string{"--restart=always", "-n2"}, `[ $PGROUP_WORKER = 1 ] || exec sleep 60; kill -USR2 $$`, "exit", "USR2",
-			"worker 1 was started again 4 times in a row and ended within 10s each time: gave up",
+			"worker 1 ended within 10s of its start after 4 restarts in a row: gave up",
 		},
 		"cannot start": {
 			[]string{"--restart=always", "-n2"}, `[ $PGROUP_WORKER = 1 ] || exec sleep 60; rm -f "$0"`, "fail", "127",
