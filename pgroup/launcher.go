@@ -214,8 +214,8 @@ func (r *Run) launch() (err error) {
 	if r.spec.Dedicated && r.leader != 0 {
 		os.Chdir("/") // in PID 1 the leader does, after the start
 	}
-	for _, f := range r.spec.Hold {
-		r.conn.send(message{kind: msgFile, fd: int(f.Fd())})
+	for i, f := range r.spec.Hold {
+		r.conn.send(message{kind: msgFile, a: int64(i), fd: int(f.Fd())})
 	}
 	r.inbox = newInbox(r.conn)
 	if r.sockets != nil {
